@@ -1,0 +1,86 @@
+"""One command, `rbm`. Every subcommand lives beside the code that it runs and is imported when called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from rbm.errors import UserError
+
+# name: (module, attribute, one-line help); the line stands here so that `rbm --help` imports nothing heavy
+COMMANDS = {
+    "demo": ("rbm.demo", "demo", "Open the bundled corpus, train, evaluate, score a video: the whole loop."),
+    "build": ("dataset_builder.cli", "build", "Make a corpus from a source (simulator, your own videos)."),
+    "corpus": ("rbm.corpus.cli", "corpus", "Look at a corpus."),
+    "train": ("rbm.training.cli", "train", "Train a reward model."),
+    "eval": ("rbm.evaluation.cli", "evaluate", "Evaluate a reward model and write a report."),
+    "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),
+    "score": ("rbm.scoring.cli", "score", "Progress and success of a video, frame by frame."),
+    "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
+    "rank": ("rbm.scoring.cli", "rank", "Order several attempts, best first."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used: `rbm --help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="robot-rbm")
+@click.option("--verbose", is_flag=True, help="Log what happens, and show tracebacks of users' errors.")
+def cli(verbose: bool) -> None:
+    """Reward models for robots: how well is this attempt going, says the video.
+
+    \b
+    Examples:
+      rbm demo
+      rbm score attempt.mp4 --task "open the drawer" --plot scores.png
+      rbm train experiment=demo run_dir=runs/first
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+def main() -> None:
+    """Entry point of the `rbm` command: a user's error is one line on stderr and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except UserError as error:
+        if "--verbose" in sys.argv:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A corpus made from another: packed into one segment, with the same or another codec or frame size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.progress import Progress
+
+from rbm.corpus import store
+from rbm.corpus.codecs import ClipCodec, make_codec
+from rbm.corpus.lock import WriterLock
+from rbm.corpus.payload import Packed, Payload, repack
+from rbm.corpus.reader import Corpus
+from rbm.corpus.writer import CorpusWriter
+from rbm.errors import UserError
+from rbm.video import resize_frames
+
+
+def copy_corpus(
+    source: str | os.PathLike[str] | Corpus,
+    destination: str | os.PathLike[str],
+    codec: str | ClipCodec | None = None,
+    size: int | None = None,
+    rows: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Copy `rows` (default all) to a new corpus of one segment; returns it, opened.
+
+    Args:
+        codec: None keeps each payload byte for byte; a name or codec packs every clip again (the
+            bundled h264 corpus into jpeg for training).
+        size: scale frames down to this short side, in pixels; only with a codec.
+        progress: a running rich display that gets a bar.
+
+    The destination appears whole or not at all: it is written beside its place and renamed.
+
+    Raises:
+        UserError: the destination exists; CorruptPayload: a trajectory of the source is damaged.
+    """
+    if size is not None and (codec is None or size < 1):
+        raise UserError(f"copying with frame size {size} needs a size of at least 1 and a codec (jpeg or h264)")
+    old = source if isinstance(source, Corpus) else Corpus.open(source)
+    place = store.absolute(destination)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{place} exists already: give a new directory for the copy")
+    new_codec = None if codec is None else make_codec(codec)
+    numbers = list(range(len(old))) if rows is None else [int(row) for row in rows]
+    partial = place.with_name(f".{place.name}.partial")
+    with store.writable(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with WriterLock(place):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)  # what a killed copy left
+                _write(old, partial, new_codec, size, numbers, progress)
+                partial.rename(place)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return Corpus.open(place)
+
+
+def _write(
+    old: Corpus, partial: Path, codec: ClipCodec | None, size: int | None, rows: list[int], progress: Progress | None
+) -> None:
+    bar = progress.add_task("packing trajectories", total=len(rows)) if progress is not None else None
+    with CorpusWriter(partial, codec or "jpeg", segment_bytes=None, commit_every=None) as writer:
+        writer.annotate(**old.info()["facts"], copied_from=old.snapshot)
+        for name, info in old.sources.items():
+            writer.add_source(name, info.completion, **info.facts)
+        for task in old.tasks:
+            writer.add_task(task)
+        for row in rows:
+            payload = old.payload(row)
+            if codec is None:
+                payload.verify()
+                writer.add_packed(Packed(payload.head.trajectory, payload.data.tobytes()))
+            else:
+                writer.add_packed(_transcode(payload, codec, size))
+            if progress is not None and bar is not None:
+                progress.advance(bar)
+
+
+def _transcode(payload: Payload, codec: ClipCodec, size: int | None) -> Packed:
+    clips = {}
+    for view in payload.head.views:
+        clip = payload.frames(view=view.name)
+        short = min(view.height, view.width)
+        if size is not None and size < short:
+            height, width = (max(1, round(side * size / short)) for side in (view.height, view.width))
+            clip = resize_frames(clip, height, width)
+        clips[view.name] = clip
+    return repack(payload, clips, codec)

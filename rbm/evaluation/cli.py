@@ -1,0 +1,65 @@
+"""`rbm eval` and `rbm report eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from rbm.evaluation import report as pages
+from rbm.evaluation.headline import console_table
+from rbm.evaluation.results import load
+
+
+@click.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def evaluate(overrides: tuple[str, ...]) -> None:
+    """Evaluate a reward model on held-out trajectories and new tasks, and write a report.
+
+    \b
+    Examples:
+      rbm eval
+      rbm eval checkpoint=runs/first/model report=runs/first/report
+      rbm eval corpus=data/mine 'split.heldout_tasks=[open the drawer]' device=cpu
+    Keys and their defaults: conf/eval.yaml.
+    """
+    from rbm.assets import bundled_corpus
+    from rbm.config import compose
+    from rbm.corpus import Corpus
+    from rbm.corpus.split import split_corpus
+    from rbm.evaluation.evaluate import Protocol, evaluate_split
+    from rbm.scoring import Scorer
+
+    config = compose("eval", overrides)
+    corpus = Corpus.open(config.corpus or bundled_corpus(), snapshot=config.snapshot)
+    parts = split_corpus(corpus, **config.split)
+    scorer = Scorer.from_pretrained(config.checkpoint, device=config.device)
+    protocol = Protocol(config.most_instructions, config.most_in_pairs, config.bootstrap, config.seed)
+    facts = {
+        "model": str(config.checkpoint or "shipped weights"),
+        "corpus": str(config.corpus or "bundled"),
+        "snapshot": corpus.snapshot,
+        "frames a clip": str(scorer.context_frames),
+        "seed": str(config.seed),
+    }
+    evaluation = evaluate_split(scorer, corpus, parts, protocol, facts)
+    page = pages.write(evaluation, config.report)
+    console = Console()
+    console.print(console_table(evaluation))
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+@click.group()
+def report() -> None:
+    """Write a report again from saved results."""
+
+
+@report.command("eval")
+@click.argument("folder", default="report", type=click.Path(path_type=Path))
+def report_eval(folder: Path) -> None:
+    """Make index.html, metrics.json and the pictures again from FOLDER/results.json (default: ./report)."""
+    page = pages.rebuild(folder)
+    console = Console()
+    console.print(console_table(load(folder / pages.RESULTS)))
+    console.print(f"report: {page}", soft_wrap=True)

@@ -1,0 +1,17 @@
+"""Reward models: what they read (`ClipBatch`), what they say (`RewardOutput`), how they learn (`losses`)."""
+
+from rbm.model.batch import ClipBatch, Counts, PairBatch, RewardOutput, Targets
+from rbm.model.losses import Losses, LossWeights, reward_losses
+from rbm.model.reward_model import RewardModel
+
+__all__ = [
+    "ClipBatch",
+    "Counts",
+    "LossWeights",
+    "Losses",
+    "PairBatch",
+    "RewardModel",
+    "RewardOutput",
+    "Targets",
+    "reward_losses",
+]

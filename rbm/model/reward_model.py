@@ -1,0 +1,147 @@
+"""The reward model: a backbone, three heads, and how pairs are laid out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rbm.errors import UserError
+from rbm.model.backbones import BACKBONES, Backbone, PairMode
+from rbm.model.batch import ClipBatch, RewardOutput
+from rbm.model.heads import PROGRESS_BINS, Head, progress_moments
+
+
+class RewardModel(nn.Module):
+    """Progress and success for every frame, preference between clips.
+
+    Args:
+        backbone: turns instructions and frames into hidden states.
+        context_frames: N, the most frames that the model was trained to see in one clip.
+        pair: `isolated` (each clip sees the instruction and itself, both are supervised) or `causal`
+            (the published layout: one stream, progress and success of the first clip only).
+        preference: `utility` (a read-out g at the end of each clip, logit = g(A) - g(B): antisymmetric, N clips rank
+            in N forwards) or `joint` (one token that sees both). `causal` has `joint` only.
+        target: `absolute` (progress counts from the start of the trajectory) or `clip_relative`
+            (from the start of the clip, as in published layouts). Stored, since scores mean it.
+        dropout: in the heads, while training.
+
+    Raises:
+        ValueError: a combination of options that has no meaning.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        context_frames: int = 16,
+        pair: str = "isolated",
+        preference: str = "utility",
+        target: str = "absolute",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if pair not in ("isolated", "causal"):
+            raise ValueError(f"pair must be 'isolated' or 'causal', not {pair!r}")
+        if preference not in ("utility", "joint"):
+            raise ValueError(f"preference must be 'utility' or 'joint', not {preference!r}")
+        if target not in ("absolute", "clip_relative"):
+            raise ValueError(f"target must be 'absolute' or 'clip_relative', not {target!r}")
+        if pair == "causal" and preference == "utility":
+            raise ValueError("pair='causal' has one read-out for both clips: use preference='joint'")
+        if context_frames < 2:
+            raise ValueError(f"context_frames must be at least 2, not {context_frames}")
+        self.backbone = backbone
+        self.context_frames, self.pair, self.preference, self.target = context_frames, pair, preference, target
+        self.dropout = dropout
+        self.progress_head = Head(backbone.hidden, PROGRESS_BINS, dropout)
+        self.success_head = Head(backbone.hidden, 1, dropout)
+        self.preference_head = Head(backbone.hidden, 1, dropout)
+        # calibrated success = sigmoid(logit / temperature + bias), fitted on validation after training
+        self.register_buffer("success_temperature", torch.ones(()))
+        self.register_buffer("success_bias", torch.zeros(()))
+
+    def config(self) -> dict[str, Any]:
+        """Everything needed to make the same architecture again, JSON-able."""
+        return {
+            "backbone": {"type": self.backbone.type, **self.backbone.config()},
+            "context_frames": self.context_frames,
+            "pair": self.pair,
+            "preference": self.preference,
+            "target": self.target,
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RewardModel:
+        """The architecture that `config()` describes, with random weights.
+
+        Raises:
+            UserError: a backbone that this version does not have, or options that it does not know.
+        """
+        options = dict(config)
+        backbone = dict(options.pop("backbone", {}))
+        name = backbone.pop("type", None)
+        if name not in BACKBONES:
+            raise UserError(f"backbone {name!r} does not exist here; there are: {', '.join(sorted(BACKBONES))}")
+        try:
+            return cls(BACKBONES[name](**backbone), **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the model's configuration does not fit this version: {error}") from error
+
+    def preprocess(self, frames: NDArray[np.uint8]) -> Tensor:
+        """uint8 (T, H, W, 3), RGB, any size -> uint8 (T, h, w, 3), what `ClipBatch.frames` holds."""
+        return self.backbone.preprocessor(frames)
+
+    def forward(self, batch: ClipBatch, pairs: Tensor | None = None) -> RewardOutput:
+        """Read a batch of clips; with `pairs` int64 (P, 2), rows of the batch, compare them too.
+
+        With `utility` a clip may be in any number of pairs; with `joint` every clip must be in exactly one.
+        """
+        if self.preference == "utility":
+            states = self.backbone(batch, PairMode.READOUT)
+            utility = self.preference_head(states.readouts).squeeze(-1)
+            compared = None if pairs is None else utility[pairs[:, 0]] - utility[pairs[:, 1]]
+        else:
+            utility = None
+            mode = PairMode.CLIPS
+            if pairs is not None:
+                mode = PairMode.JOINT if self.pair == "isolated" else PairMode.CAUSAL
+            states = self.backbone(batch, mode, pairs)
+            compared = None if pairs is None else self.preference_head(states.readouts).squeeze(-1)
+        return RewardOutput(
+            progress_logits=self.progress_head(states.frames),
+            success_logits=self.success_head(states.frames).squeeze(-1),
+            utility=utility,
+            preference_logits=compared,
+        )
+
+    def decode(self, output: RewardOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Progress, its standard deviation, and calibrated success probability: three float32 (F,)."""
+        progress, spread = progress_moments(output.progress_logits)
+        logits = output.success_logits.float() / self.success_temperature + self.success_bias
+        return progress, spread, logits.sigmoid()
+
+    def calibrate(self, temperature: float, bias: float) -> None:
+        """Store what `rbm.model.calibration` fitted: success = sigmoid(logit / temperature + bias)."""
+        self.success_temperature.fill_(temperature)
+        self.success_bias.fill_(bias)
+
+    def save_pretrained(self, folder: str, facts: dict[str, Any] | None = None) -> None:
+        """Write `config.json` and `model.safetensors`; `facts` (corpus snapshot, revision, ...) ride along."""
+        from rbm.model.checkpoint import save
+
+        save(self, folder, facts)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> RewardModel:
+        """Read a folder that `save_pretrained` wrote; the model is in eval mode.
+
+        Raises:
+            UserError: the folder or a file is missing, truncated, of a newer version, or does not fit.
+        """
+        from rbm.model.checkpoint import load
+
+        return load(folder)

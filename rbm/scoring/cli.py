@@ -1,0 +1,202 @@
+"""`rbm score`, `rbm compare`, `rbm rank`: a trained model looks at video."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from rbm.errors import UserError
+from rbm.output import check_target, whole_file
+from rbm.scoring.overlay import MAX_FRAMES, write_overlay
+from rbm.scoring.scorer import Scorer, check_task
+from rbm.scoring.scores import Scores
+from rbm.video import VideoFile, stored_clip
+
+_task = click.option("--task", required=True, help="The instruction, such as 'open the drawer'.")
+_checkpoint = click.option("--checkpoint", help="Folder of a trained model; without it, the nano weights shipped here.")
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+_json = click.option("--json", "json_path", metavar="FILE", help="Write everything as JSON; - is the standard output.")
+
+
+@click.command(short_help="Progress and success of a video, frame by frame.")
+@click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
+@_task
+@_checkpoint
+@_json
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw curves above a strip of frames (.png, .pdf, .svg).")
+@click.option("--video", "video_path", metavar="FILE", help="Write the video with its scores drawn in (.mp4).")
+@click.option("--every", type=int, default=1, show_default=True, help="Score every k-th stored frame (at most 64).")
+@click.option("--rows", type=int, default=20, show_default=True, help="Rows of the table.")
+@_device
+def score(
+    videos: tuple[str, ...],
+    task: str,
+    checkpoint: str | None,
+    json_path: str | None,
+    plot_path: str | None,
+    video_path: str | None,
+    every: int,
+    rows: int,
+    device: str,
+) -> None:
+    """Progress (0 to 1, with its spread) and success probability for frames of each VIDEO.
+
+    Up to 64 frames of a video are looked at, spread evenly over it; each is scored from what came before it.
+
+    \b
+    Examples:
+      rbm score attempt.mp4 --task "open the drawer"
+      rbm score attempt.mp4 --task "open the drawer" --plot scores.png --video scored.mp4
+      rbm score runs/*.mp4 --task "open the drawer" --json scores.json
+    """
+    check_task(task)
+    _check_outputs(videos, json_path, plot_path, video_path)
+    scorer = Scorer.from_pretrained(checkpoint, device)
+    out = _console(json_path)
+    entries = []
+    for path in videos:
+        video = VideoFile(path)
+        clip = stored_clip(video)
+        scores = scorer.score(clip, task, every)
+        entries.append({"video": path, **scores.to_json()})
+        out.print(scores.table(path, rows))
+        out.print(_summary(scores), highlight=False)
+        if plot_path is not None:
+            from rbm.scoring.plot import write_plot
+
+            write_plot(Path(plot_path), scores, clip)
+            out.print(f"plot: {plot_path}", highlight=False, markup=False, soft_wrap=True)
+        if video_path is not None:
+            _write_video(Path(video_path), video, scores, out)
+    _write_json(json_path, {"task": task, "checkpoint": checkpoint, "videos": entries}, out)
+
+
+@click.command(short_help="Which of two attempts is better.")
+@click.argument("a")
+@click.argument("b")
+@_task
+@_checkpoint
+@_json
+@_device
+def compare(a: str, b: str, task: str, checkpoint: str | None, json_path: str | None, device: str) -> None:
+    """Probability that attempt A at the task is better than attempt B.
+
+    \b
+    Example:
+      rbm compare monday.mp4 tuesday.mp4 --task "open the drawer"
+    """
+    check_task(task)
+    _check_outputs((a, b), json_path)
+    scorer = Scorer.from_pretrained(checkpoint, device)
+    clip_a, clip_b = scorer.context_clip(a), scorer.context_clip(b)
+    p = scorer.compare(clip_a, clip_b, task)
+    scored = scorer.score_batch([(clip_a, task), (clip_b, task)])
+    out = _console(json_path)
+    out.print(_attempts([("A", a, scored[0]), ("B", b, scored[1])], ""))
+    verdict = "neither is better" if abs(p - 0.5) < 5e-4 else f"{'A' if p > 0.5 else 'B'} is better"
+    out.print(f"P(A is better) = {p:.3f}: {verdict}", highlight=False)
+    _write_json(json_path, {"task": task, "checkpoint": checkpoint, "a": a, "b": b, "p_a_better": round(p, 6)}, out)
+
+
+@click.command(short_help="Order several attempts, best first.")
+@click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
+@_task
+@_checkpoint
+@_json
+@_device
+def rank(videos: tuple[str, ...], task: str, checkpoint: str | None, json_path: str | None, device: str) -> None:
+    """Attempts at one task, best first.
+
+    \b
+    Example:
+      rbm rank attempts/*.mp4 --task "open the drawer" --json order.json
+    """
+    check_task(task)
+    _check_outputs(videos, json_path)
+    scorer = Scorer.from_pretrained(checkpoint, device)
+    clips = [scorer.context_clip(path) for path in videos]
+    order = scorer.rank(clips, task)
+    scored = scorer.score_batch([(clip, task) for clip in clips])
+    out = _console(json_path)
+    out.print(_attempts([(str(n + 1), videos[i], scored[i]) for n, i in enumerate(order)], "rank"))
+    entries = [
+        {"video": videos[i], "progress": _last(scored[i].progress), "success": _last(scored[i].success)} for i in order
+    ]
+    _write_json(json_path, {"task": task, "checkpoint": checkpoint, "order": order, "ranked": entries}, out)
+
+
+def _check_outputs(
+    videos: tuple[str, ...], json_path: str | None, plot_path: str | None = None, video_path: str | None = None
+) -> None:
+    """Every output that could not be written is refused before anything is scored."""
+    from rbm.scoring.plot import SUFFIXES
+
+    for option, path, suffixes in (("--plot", plot_path, SUFFIXES), ("--video", video_path, (".mp4",))):
+        if path is not None:
+            if len(videos) > 1:
+                raise UserError(f"{option} draws one video, {len(videos)} were given; score them one by one")
+            check_target(Path(path), suffixes, videos)
+    if json_path not in (None, "-"):
+        check_target(Path(str(json_path)), (), videos)
+
+
+def _console(json_path: str | None) -> Console:
+    """Where the tables go: not in between JSON."""
+    return Console(stderr=json_path == "-")
+
+
+def _summary(scores: Scores) -> str:
+    done = scores.success >= 0.5
+    text = f"at the end: progress {scores.progress[-1]:.2f} ± {scores.progress_std[-1]:.2f}, success "
+    text += f"{scores.success[-1]:.2f}"
+    if done[-1]:
+        # since when it has held without a break
+        since = len(done) - int(done[::-1].argmin()) if not done.all() else 0
+        text += f", done since {scores.timestamp[since]:.2f} s"
+    return text + "\n"
+
+
+def _attempts(rows: list[tuple[str, str, Scores]], label: str) -> Table:
+    table = Table(header_style="dim")
+    table.add_column(label, justify="right")
+    table.add_column("video", overflow="fold")
+    for name in ("final progress", "±", "final success"):
+        table.add_column(name, justify="right")
+    for name, path, scores in rows:
+        numbers = (scores.progress[-1], scores.progress_std[-1], scores.success[-1])
+        table.add_row(name, Text(path), *(f"{value:.3f}" for value in numbers))
+    return table
+
+
+def _write_video(target: Path, video: VideoFile, scores: Scores, out: Console) -> None:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("drawing the video", total=min(video.n_frames, MAX_FRAMES))
+        written = write_overlay(target, video, scores, lambda: progress.advance(bar))
+    lapse = f" (a time lapse: {written} of {video.n_frames} frames)" if written < video.n_frames else ""
+    out.print(f"video: {target}{lapse}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write_json(json_path: str | None, content: dict[str, Any], out: Console) -> None:
+    if json_path is None:
+        return
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = re.sub(r"\[[-+.,eE\d\s]*\]", lambda found: " ".join(found[0].split()), text)  # one line for a row of numbers
+    if json_path == "-":
+        sys.stdout.write(text)
+        return
+    with whole_file(Path(json_path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    out.print(f"json: {json_path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _last(values: Any) -> float:
+    return round(float(values[-1]), 6)

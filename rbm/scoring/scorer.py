@@ -1,0 +1,281 @@
+"""`Scorer`: a trained reward model, ready to look at video.
+
+What is notable here:
+
+- A video becomes a clip through `rbm.video.stored_clip`, as it does in a corpus: scoring sees what training saw.
+- Attention is causal, so that one forward scores every prefix of a clip. `every=k` asks for the contexts that a
+  live session would hold; those that are prefixes of one another share a row, and a frame is encoded once a batch.
+- A score does not depend on what else is in the batch, beyond rounding.
+
+Letters in shapes: n frames of a clip, N clips, P pairs, U distinct frames, F frames shown (see `ClipBatch`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from importlib.resources import as_file, files
+from itertools import combinations, islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rbm.errors import UserError
+from rbm.frames import pick_frames, session_context
+from rbm.model import ClipBatch, RewardModel, RewardOutput
+from rbm.scoring.scores import ClipScores, Floats, Scores
+from rbm.video import Frames, StoredClip, VideoFile, stored_clip
+
+Video = str | os.PathLike[str] | VideoFile | Frames | StoredClip
+"""What can be scored: a file, an opened file, uint8 frames (T, H, W[, C]), or a clip made by `stored_clip`."""
+
+_T = TypeVar("_T")
+
+BATCH_SIZE = 64
+"""Clips in one forward. On two cores larger batches gain nothing; on a GPU they may."""
+
+
+class Scorer:
+    """Scores video with a reward model.
+
+    Args:
+        model: a trained model; it is moved to `device` and set to eval mode.
+        device: `auto` (a GPU where there is one), or any name that torch knows.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+
+    def __init__(self, model: RewardModel, device: str | torch.device = "auto") -> None:
+        self.device = _device(device)
+        self.model = model.to(self.device).eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str] | None = None, device: str = "auto") -> Scorer:
+        """The model in the folder `path`; without one, the `nano` weights that come with the package.
+
+        Raises:
+            UserError: the checkpoint is missing, truncated or of another version, or the device does not exist.
+        """
+        if path is not None:
+            return cls(RewardModel.from_pretrained(os.fspath(path)), device)
+        with as_file(files("rbm") / "assets" / "nano") as folder:
+            return cls(RewardModel.from_pretrained(str(folder)), device)
+
+    @property
+    def context_frames(self) -> int:
+        """The most frames that the model reads at once."""
+        return self.model.context_frames
+
+    def score(self, video: Video, task: str, every: int | None = None) -> Scores:
+        """Progress and success for frames of a video.
+
+        Without `every`: `context_frames` of the stored frames, even, ends kept, in one forward. With `every=k`: every
+        k-th stored frame and the last, each scored from what a live session would hold at that moment
+        (`rbm.frames.session_context`): so scores of a moment do not depend on what follows it.
+
+        Raises:
+            UserError: the video cannot be read, the instruction is empty, or `every` is not positive.
+        """
+        if every is None:
+            return self.score_batch([(video, task)])[0]
+        check_task(task)
+        if every < 1:
+            raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
+        clip = _as_clip(video)
+        last = len(clip.frames) - 1
+        moments = sorted({*range(0, last + 1, every), last})
+        scored = self._score_moments(clip.frames, moments, task)
+        return _scores(_part(clip, np.array(moments)), scored, task)
+
+    def score_batch(self, items: Sequence[tuple[Video, str]]) -> list[Scores]:
+        """`score` for many videos, in shared forwards; videos are opened a batch at a time."""
+        results = []
+        for chunk in _chunks(items, BATCH_SIZE):
+            for _, task in chunk:
+                check_task(task)
+            clips = [self.context_clip(video) for video, _ in chunk]
+            predicted = self.predict([(clip.frames, task) for clip, (_, task) in zip(clips, chunk, strict=True)])
+            results += [
+                _scores(clip, scored, task) for clip, scored, (_, task) in zip(clips, predicted, chunk, strict=True)
+            ]
+        return results
+
+    def compare(self, a: Video, b: Video, task: str) -> float:
+        """Probability that attempt `a` at the task is better than `b`; compare(a, b) + compare(b, a) = 1."""
+        return float(self.prefer([(self.context_clip(a).frames, self.context_clip(b).frames, task)])[0])
+
+    def rank(self, videos: Sequence[Video], task: str) -> list[int]:
+        """Positions of the videos, best attempt first; equals keep their order.
+
+        By utility in N forwards, where the model has one, else by the mean preference over all other videos.
+        """
+        check_task(task)
+        if self.model.preference == "utility":
+            clips = ((self.context_clip(video).frames, task) for video in videos)
+            worth = [scored.utility for chunk in _chunks(clips, BATCH_SIZE) for scored in self.predict(chunk)]
+        else:
+            frames = [self.context_clip(video).frames for video in videos]
+            pairs = list(combinations(range(len(frames)), 2))
+            better = self.prefer([(frames[a], frames[b], task) for a, b in pairs])
+            worth = [0.0] * len(frames)
+            for (a, b), p in zip(pairs, better.tolist(), strict=True):
+                worth[a] += p
+                worth[b] += 1 - p
+        return sorted(range(len(worth)), key=lambda i: -worth[i])
+
+    def predict(self, clips: Sequence[tuple[Frames, str]], batch_size: int = BATCH_SIZE) -> list[ClipScores]:
+        """Scores of clips (uint8 (n, H, W, 3), instruction) that are read as they are, n <= context_frames.
+
+        An array that stands in several clips of a batch (under other instructions) is encoded once.
+
+        Raises:
+            UserError: a clip is empty or longer than `context_frames`, or an instruction is empty.
+        """
+        results = []
+        for chunk in _chunks(clips, batch_size):
+            batch = self._batch(chunk)
+            output = self._forward(batch)
+            decoded = self._decode(output)
+            worth = [float("nan")] * len(chunk) if output.utility is None else output.utility.float().tolist()
+            ends = np.cumsum([len(frames) for frames, _ in chunk])[:-1]
+            progress, spread, success = (np.split(array, ends) for array in decoded)
+            results += [ClipScores(*scored) for scored in zip(progress, spread, success, worth, strict=True)]
+        return results
+
+    def prefer(self, pairs: Sequence[tuple[Frames, Frames, str]], batch_size: int = BATCH_SIZE) -> Floats:
+        """Probability that the first clip of each pair (frames, frames, instruction) is better: float32 (P,).
+
+        Models with `joint` preference read each pair in both orders; the mean is antisymmetric.
+        """
+        better = [np.zeros(0, np.float32)]
+        for chunk in _chunks(pairs, max(1, batch_size // 2)):
+            clips = [(frames, task) for a, b, task in chunk for frames in (a, b)]
+            batch = self._batch(clips)
+            rows = torch.arange(len(clips), device=self.device).reshape(-1, 2)
+            logits = self._preference(batch, rows)
+            if self.model.preference == "utility":
+                p = logits.sigmoid()
+            else:
+                p = (logits.sigmoid() + (-self._preference(batch, rows.flip(1))).sigmoid()) / 2
+            better.append(p.float().cpu().numpy())
+        return np.concatenate(better)
+
+    def context_clip(self, video: Video) -> StoredClip:
+        """The frames of a video that one forward looks at: at most `context_frames`, even, ends kept."""
+        clip = _as_clip(video)
+        return _part(clip, pick_frames(len(clip.frames), self.context_frames))
+
+    def _score_moments(self, frames: Frames, moments: Sequence[int], task: str) -> ClipScores:
+        """Scores of stored frames `moments`, each as the last frame of a session's context."""
+        contexts = [session_context(t, self.context_frames) for t in moments]
+        rows, places = _merge_prefixes(contexts)
+        # The model sees few of the pixels: one pass over the stored frames, then small tensors only.
+        seen = self.model.preprocess(frames)
+        scored: list[tuple[Floats, Floats, Floats]] = []
+        for chunk in _chunks(rows, BATCH_SIZE):
+            shown, ids = np.unique(np.concatenate(chunk), return_inverse=True)
+            batch = ClipBatch(
+                frames=seen[torch.from_numpy(shown)],
+                frame_ids=torch.from_numpy(ids.astype(np.int64)),
+                lengths=torch.tensor([len(row) for row in chunk]),
+                tasks=(task,) * len(chunk),
+            )
+            scored.append(self._decode(self._forward(batch)))
+        progress, spread, success = (np.concatenate(arrays)[places] for arrays in zip(*scored, strict=True))
+        return ClipScores(progress, spread, success, float("nan"))
+
+    def _batch(self, clips: Sequence[tuple[Frames, str]]) -> ClipBatch:
+        tensors: dict[int, Tensor] = {}
+        for frames, task in clips:
+            check_task(task)
+            if not 1 <= len(frames) <= self.context_frames:
+                raise UserError(
+                    f"a clip has {len(frames)} frames, this model reads 1 to {self.context_frames}: "
+                    "choose some with rbm.frames.pick_frames"
+                )
+            if id(frames) not in tensors:
+                tensors[id(frames)] = self.model.preprocess(frames)
+        return ClipBatch.from_clips([(tensors[id(frames)], task) for frames, task in clips])
+
+    def _forward(self, batch: ClipBatch, pairs: Tensor | None = None) -> RewardOutput:
+        with torch.inference_mode():
+            output: RewardOutput = self.model(batch.to(self.device), pairs)
+        return output
+
+    def _preference(self, batch: ClipBatch, pairs: Tensor) -> Tensor:
+        logits = self._forward(batch, pairs).preference_logits
+        assert logits is not None, "pairs were asked for"
+        return logits
+
+    def _decode(self, output: RewardOutput) -> tuple[Floats, Floats, Floats]:
+        with torch.inference_mode():
+            progress, spread, success = (x.float().cpu().numpy() for x in self.model.decode(output))
+        return progress, spread, success
+
+
+def _merge_prefixes(contexts: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Fewest rows that hold all contexts as prefixes, and where in their concatenation each context ends."""
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    rows: list[NDArray[np.int64]] = []
+    for context in sorted(contexts, key=len, reverse=True):
+        key = tuple(context.tolist())
+        if key not in found:
+            found |= {key[: i + 1]: (len(rows), i) for i in range(len(key)) if key[: i + 1] not in found}
+            rows.append(context)
+    starts = np.cumsum([0, *(len(row) for row in rows)])
+    at = [found[tuple(context.tolist())] for context in contexts]
+    return rows, np.array([starts[row] + i for row, i in at])
+
+
+def _as_clip(video: Video) -> StoredClip:
+    return video if isinstance(video, StoredClip) else stored_clip(video)
+
+
+def _part(clip: StoredClip, picked: NDArray[np.int64]) -> StoredClip:
+    if len(picked) == len(clip.frames):
+        return clip
+    return replace(
+        clip, frames=clip.frames[picked], frame_index=clip.frame_index[picked], timestamp=clip.timestamp[picked]
+    )
+
+
+def _scores(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
+    return Scores(
+        scored.progress,
+        scored.progress_std,
+        scored.success,
+        clip.frame_index,
+        clip.timestamp,
+        task,
+        clip.fps,
+        clip.n_frames,
+    )
+
+
+def check_task(task: str) -> None:
+    """Raises UserError for an instruction without a word in it."""
+    if not task.strip():
+        raise UserError("the task (instruction) is empty; say what the robot should do, such as 'open the drawer'")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"device {str(name)!r} cannot be used here; try 'auto' or 'cpu'") from error
+    return device
+
+
+def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Runs of at most `size` items; an iterator is only drawn from as far as needed."""
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk

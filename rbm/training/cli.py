@@ -1,0 +1,40 @@
+"""`rbm train`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from rbm.training.callbacks import console
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--cfg", "show", is_flag=True, help="Print the configuration and stop.")
+def train(overrides: tuple[str, ...], show: bool) -> None:
+    """Train a reward model; the same command again continues a run that was stopped.
+
+    \b
+    Examples:
+      rbm train run_dir=runs/first                     the bundled corpus, nano
+      rbm train run_dir=runs/mine data.corpus=corpus   your own corpus
+      rbm train init=runs/first/model data.corpus=corpus optimization.lr=3e-4 trainer.max_steps=300
+      rbm train --cfg                                  every key there is
+    """
+    from omegaconf import OmegaConf
+
+    from rbm.config import compose
+    from rbm.training.run import Interrupted
+    from rbm.training.run import train as run
+
+    config = compose("train", overrides)
+    if show:
+        click.echo(OmegaConf.to_yaml(config))
+        return
+    try:
+        model = run(config)
+    except Interrupted as stopped:
+        console.print(str(stopped))
+        sys.exit(130)
+    click.echo(str(model))

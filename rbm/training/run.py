@@ -1,0 +1,198 @@
+"""One training run, from a configuration to a folder.
+
+    run_dir/
+      config.yaml          the configuration, complete
+      checkpoints/         last.ckpt (Lightning; what a run resumes from)
+      logs/version_*/      metrics.csv and TensorBoard events, a folder for each time it was started
+      model/               the finished model: config.json, model.safetensors
+
+The same command again continues an unfinished run at the step at which it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+import rbm
+from rbm.config import instantiate, plain
+from rbm.errors import UserError
+from rbm.model import RewardModel
+from rbm.training.callbacks import Facts, StepProgress, StopCleanly, console
+from rbm.training.data import PairDataModule
+from rbm.training.fit_success import fit_success
+from rbm.training.module import RewardModule
+
+log = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+
+
+class Interrupted(UserError):
+    """The run was stopped by the user; what it has is saved."""
+
+
+def train(config: DictConfig) -> Path:
+    """Run (or continue) what `conf/train.yaml` describes; the path of the finished model's folder.
+
+    Raises:
+        UserError: a run folder of another configuration, a corpus or option that does not fit, a full disk.
+        Interrupted: after Ctrl-C, when the checkpoint is written.
+    """
+    folder = Path(config.run_dir)
+    finished = folder / MODEL_FOLDER
+    try:
+        _claim(folder, config)
+        if (finished / "config.json").exists():
+            console.print(f"{folder} is finished; its model is {finished}")
+            return finished
+        return _train(config, folder, finished)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk of {folder}: free some, then run the same command again") from error
+        raise UserError(f"cannot write to {folder}: {error}") from error
+
+
+def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
+    _quiet()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed, verbose=False)
+    model = RewardModel.from_pretrained(config.init).train() if config.init else instantiate(config.model)
+    data: PairDataModule = instantiate(config.data, model=model)
+    module: RewardModule = instantiate(config.optimization, model=model)
+    facts = {
+        "version": rbm.__version__,
+        "revision": git_revision(),
+        "corpus": str(data.corpus.path.name),
+        "snapshot": data.corpus.snapshot,
+        "config": plain(config),
+    }
+    stop = StopCleanly()
+    trainer = _trainer(config, folder, data, facts, stop)
+    last = folder / "checkpoints" / "last.ckpt"
+    resume = str(last) if last.exists() else None
+    if resume:
+        _check_checkpoint(last, data)
+        console.print(f"continuing {folder} from its last checkpoint")
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if trainer.global_step < trainer.max_steps:
+        trainer.save_checkpoint(last, weights_only=False)
+        raise Interrupted(
+            f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command continues from there"
+        )
+    model.eval()
+    fit_success(model, data)
+    model.save_pretrained(str(finished), facts | {"steps": trainer.global_step})
+    return finished
+
+
+def _trainer(
+    config: DictConfig, folder: Path, data: PairDataModule, facts: dict[str, Any], stop: StopCleanly
+) -> L.Trainer:
+    options = plain(config.trainer)
+    every = options.pop("checkpoint_every")
+    wandb = options.pop("wandb")
+    if options["precision"] == "auto":
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        options["precision"] = "bf16-mixed" if bf16 else "32-true"
+    logs = folder / "logs"
+    loggers: list[Logger] = [
+        CSVLogger(folder, name="logs", flush_logs_every_n_steps=options["log_every_n_steps"]),
+        TensorBoardLogger(folder, name="logs", version=None),
+    ]
+    if wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project="rbm", save_dir=logs))
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints", filename="last", enable_version_counter=False,
+        save_top_k=1, monitor=None, every_n_train_steps=every, save_on_train_epoch_end=False,
+    )  # fmt: skip
+    validate = options.pop("validate_every") * data.micro_batches
+    has_validation = data.validation_pairs > 0
+    return L.Trainer(
+        **options,
+        max_epochs=-1,
+        min_epochs=0,
+        accumulate_grad_batches=data.micro_batches,
+        val_check_interval=validate if has_validation else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if has_validation else 0,
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=[checkpoints, Facts(facts), stop, StepProgress()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def _claim(folder: Path, config: DictConfig) -> None:
+    """Make the run folder, or check that it belongs to the same configuration."""
+    path = folder / "config.yaml"
+    text = OmegaConf.to_yaml(config)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, path)
+        return
+    before = plain(OmegaConf.load(path))  # type: ignore[arg-type]
+    now = plain(config)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another configuration (differs in: {', '.join(changed)}): "
+            "choose another run_dir=…, or delete that folder"
+        )
+
+
+def _check_checkpoint(path: Path, data: PairDataModule) -> None:
+    """A checkpoint that cannot be read, or that stands on other data, is told before anything is loaded from it."""
+    try:
+        facts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["rbm"]
+    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read, it may be truncated: delete it to start the run again ({str(error).splitlines()[0]})"
+        ) from error
+    if facts["snapshot"] != data.corpus.snapshot:
+        raise UserError(
+            f"{path} was trained on snapshot {facts['snapshot']} of its corpus, which is now at {data.corpus.snapshot}: "
+            f"pin data.snapshot={facts['snapshot']} or choose another run_dir"
+        )
+
+
+def git_revision() -> str:
+    """Revision of the checkout that this package runs from, "+" behind it if changed; empty for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _quiet() -> None:
+    """Lightning's notes on what we chose on purpose; its warnings that matter stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*Checkpoint directory.*exists.*", ".*isinstance.treespec.*",
+                    ".*GPU available but not used.*", ".*is supported for historical reasons.*",
+                    ".*resuming from a checkpoint that ended.*", ".*number of training batches.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
