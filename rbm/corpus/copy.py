@@ -66,7 +66,7 @@ def _write(
 ) -> None:
     bar = progress.add_task("packing trajectories", total=len(rows)) if progress is not None else None
     with CorpusWriter(partial, codec or "jpeg", segment_bytes=None, commit_every=None) as writer:
-        writer.annotate(**old.info()["facts"], copied_from=old.snapshot)
+        writer.annotate(**(old.info()["facts"] | {"copied_from": old.snapshot}))
         for name, info in old.sources.items():
             writer.add_source(name, info.completion, **info.facts)
         for task in old.tasks:
@@ -75,7 +75,7 @@ def _write(
             payload = old.payload(row)
             if codec is None:
                 payload.verify()
-                writer.add_packed(Packed(payload.head.trajectory, payload.data.tobytes()))
+                writer.add_packed(Packed(payload.head.trajectory, payload.data.tobytes(), payload.head.views[0].codec))
             else:
                 writer.add_packed(_transcode(payload, codec, size))
             if progress is not None and bar is not None:

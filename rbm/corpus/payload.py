@@ -59,10 +59,11 @@ class CorruptPayload(UserError):
 
 @dataclass(frozen=True)
 class Packed:
-    """A trajectory ready to be written: its record (without a reader) and its payload."""
+    """A trajectory ready to be written: its record (without a reader), its payload, its clips' codec."""
 
     trajectory: Trajectory
     payload: bytes
+    codec: str
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def pack(
         entry, data = _pack_array(trajectory.id, name, array)
         sides.append(entry)
         parts.append(data)
-    return Packed(replace(trajectory, reader=None), _assemble(trajectory, views, sides, parts))
+    return Packed(replace(trajectory, reader=None), _assemble(trajectory, views, sides, parts), clip_codec.name)
 
 
 def repack(payload: Payload, clips: Mapping[str, NDArray[np.uint8]], codec: str | ClipCodec) -> Packed:

@@ -164,7 +164,7 @@ class CorpusWriter:
             self.add_source(trajectory.source)
         row = self._row(trajectory)
         with self._writing():
-            segment, offset = self._segment.append(packed.payload)
+            segment, offset = self._segment.append(packed)
         place = {"segment": segment, "offset": offset, "length": len(packed.payload)}
         self._pending.append((trajectory.id, row | place))
         self.ids.add(trajectory.id)
@@ -244,7 +244,7 @@ class CorpusWriter:
             self._tables_changed = True
         else:
             self._root = zarr.open_group(self._session.store, mode="r+")
-        self._segment = _Segment(self._root, self._attributes.get("segments", 0), self._codec.name)
+        self._segment = _Segment(self._root, self._attributes.get("segments", 0))
 
     def _check_new(self, trajectory: Trajectory) -> None:
         if not self._usable:
@@ -318,22 +318,22 @@ class _Guard:
 class _Segment:
     """The segment being written: full shards go to the store at once, so memory stays at one shard."""
 
-    def __init__(self, root: zarr.Group, number: int, codec: str) -> None:
+    def __init__(self, root: zarr.Group, number: int) -> None:
         self.number = number
         self.size = 0
         self.codecs: list[str] = []
-        self._codec = codec
         self._root = root
         self._array: zarr.Array | None = None
         self._written = 0
         self._buffer = bytearray()
 
-    def append(self, payload: bytes) -> tuple[int, int]:
+    def append(self, packed: Packed) -> tuple[int, int]:
         """Returns the segment's number and the payload's offset in it."""
         offset = self.size
-        self._buffer += payload
-        self.size += len(payload)
-        self.codecs = [self._codec]
+        self._buffer += packed.payload
+        self.size += len(packed.payload)
+        if packed.codec not in self.codecs:
+            self.codecs.append(packed.codec)
         while len(self._buffer) >= layout.SHARD_BYTES:
             self._flush(layout.SHARD_BYTES)
         return self.number, offset

@@ -73,7 +73,7 @@ def evaluate_together(
     title: str = "evaluating",
 ) -> dict[str, Result]:
     """`evaluate` for several scorers that look at equally many frames; every trajectory is still decoded once."""
-    numbers = np.asarray(rows, np.int64)
+    numbers = np.unique(np.asarray(rows, np.int64))  # in order, so that the order given changes nothing
     if not len(numbers):
         raise UserError(f"{title}: no trajectories to evaluate; check the split (heldout_tasks, heldout_per_quality)")
     if len({scorer.context_frames for scorer in scorers.values()}) != 1:

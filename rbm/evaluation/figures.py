@@ -1,4 +1,6 @@
-"""The report's pictures, as PNG bytes: curves under film strips, instruction matrix, calibration, distributions."""
+"""The report's large pictures, as PNG bytes that stand in the README too: curves under film strips, the instruction
+matrix, calibration and final progress.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from rbm.evaluation.gallery import OUTCOMES, Case, strip_places
 from rbm.evaluation.results import Evaluation, Record
 from rbm.evaluation.summary import SUCCESS, calibration, confusion
 
-PROGRESS, PROBABILITY, LABEL, WRONG, DONE = "#2563eb", "#f59e0b", "#64748b", "#dc2626", "#059669"
+PROGRESS, PROBABILITY, LABEL, DONE = "#2563eb", "#f59e0b", "#64748b", "#059669"
 OUTCOME_COLOURS = ("#059669", "#f59e0b", "#dc2626")
 MOST_TASKS = 24  # a larger matrix is cut: its cells could not be read
 
@@ -39,12 +41,12 @@ _STYLE: Any = {
 }
 
 
-def curves(cases: Sequence[Case], tasks: Sequence[str], strips: Mapping[str, bytes], legend: bool = True) -> bytes:
+def curves(cases: Sequence[Case], tasks: Sequence[str], strips: Mapping[str, bytes]) -> bytes:
     """Each case, one above the other, as a film strip with what is predicted under it; colours are explained once.
 
     Laid out in inches, so that pictures keep their shape and stand above their own time.
     """
-    left, width, right, top, gap, plot = 0.42, 5.3, 1.55 if legend else 0.12, 0.42, 0.05, 1.15
+    left, width, right, top, gap, plot = 0.42, 5.3, 1.55, 0.42, 0.05, 1.15
     below = 0.34
     films = [_picture(strips.get(case.record.id)) for case in cases]
     heights = [min(width * film.shape[0] / film.shape[1], 1.2) for film in films]
@@ -60,15 +62,10 @@ def curves(cases: Sequence[Case], tasks: Sequence[str], strips: Mapping[str, byt
             axes.axis("off")
             title = f"{case.title}: “{tasks[case.record.task]}”"
             axes.set_title(textwrap.shorten(title, 72, placeholder="…"), color="#0f172a")
-            if case.misled:
-                told = textwrap.shorten(f"told “{tasks[case.record.misleading_task]}”", 72, placeholder="…")
-                figure.text(
-                    (left + width) / across, (y + height + 0.07) / total, told, color=WRONG, ha="right", fontsize=8.5
-                )
             y -= gap + plot
             axes = figure.add_axes((left / across, y / total, width / across, plot / total))
-            _curve(axes, case)
-            if legend and place == 0:
+            _curve(axes, case.record)
+            if place == 0:
                 axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.6)
             y -= below
         return _png(figure)
@@ -80,8 +77,7 @@ def _picture(jpeg: bytes | None) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(jpeg)))
 
 
-def _curve(axes: Axes, case: Case) -> None:
-    record = case.record
+def _curve(axes: Axes, record: Record) -> None:
     n = len(record.progress)
     x = np.arange(n)
     low, high = (np.clip(record.progress + sign * record.spread, 0, 1) for sign in (-1, 1))
@@ -90,8 +86,6 @@ def _curve(axes: Axes, case: Case) -> None:
     axes.plot(x, record.success, color=PROBABILITY, linewidth=1.2, label="P(success)")
     if len(record.label):
         axes.plot(x, record.label, color=LABEL, dashes=(3, 2), linewidth=1.2, label="dense label")
-    if case.misled and len(record.misled):
-        axes.plot(x, record.misled, color=WRONG, linewidth=1.8)
     reached = np.flatnonzero(record.done == 1)
     if record.quality == SUCCESS and len(reached):
         axes.axvline(reached[0], color=DONE, linewidth=1.2, linestyle=":", label="done (true)")

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rbm.evaluation import figures
+from rbm.evaluation.cards import HEIGHT, WIDTH, Card, card, height_of
 from rbm.evaluation.gallery import SHOWN_GROUPS, typical, worst
 from rbm.evaluation.headline import GROUP_TITLES, HEADLINES, show, show_interval
 from rbm.evaluation.results import Evaluation, flat_metrics, load, save, write_atomic
@@ -20,14 +21,14 @@ RESULTS, METRICS, PAGE = "results.json", "metrics.json", "index.html"
 
 @dataclass(frozen=True)
 class GroupPictures:
-    """The pictures of one group of trajectories, as PNG bytes; `cases` by kind of mistake."""
+    """The pictures of one group of trajectories, as PNG bytes; `cards` by kind of mistake."""
 
     title: str
     count: int
     curves: bytes
     matrix: bytes | None
     calibration: bytes
-    cases: Mapping[str, tuple[bytes, ...]]
+    cards: Mapping[str, tuple[Card, ...]]
 
 
 def write(evaluation: Evaluation, folder: str | Path) -> Path:
@@ -74,6 +75,7 @@ def render(evaluation: Evaluation, pictures: Mapping[str, GroupPictures]) -> str
         lstrip_blocks=True,
     )
     environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
+    environment.filters["jpeg"] = lambda data: "data:image/jpeg;base64," + base64.b64encode(data).decode()
     groups = {name: evaluation.groups[name] for name in GROUP_TITLES if name in evaluation.groups}
     names = sorted({metric for result in groups.values() for metric in result.metrics})
     return environment.get_template("report.html").render(
@@ -86,6 +88,9 @@ def render(evaluation: Evaluation, pictures: Mapping[str, GroupPictures]) -> str
         show=show,
         show_interval=show_interval,
         nan=float("nan"),
+        width=WIDTH,
+        height=HEIGHT,
+        height_of=height_of,
     )
 
 
@@ -97,8 +102,5 @@ def _pictures(evaluation: Evaluation, group: str) -> GroupPictures:
         curves=figures.curves(typical(result), evaluation.tasks, evaluation.strips),
         matrix=figures.instruction_matrix(evaluation, group),
         calibration=figures.calibration_and_finals(evaluation, group),
-        cases={
-            title: tuple(figures.curves([case], evaluation.tasks, evaluation.strips, legend=False) for case in cases)
-            for title, cases in worst(result).items()
-        },
+        cards={title: tuple(card(case, evaluation) for case in cases) for title, cases in worst(result).items()},
     )

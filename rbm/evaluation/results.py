@@ -207,7 +207,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, np.ndarray):
             return value
         if value.dtype.kind == "f":
-            return [_number(round(float(number), 6)) for number in value]
+            return [_number(float(str(number))) for number in value]  # the shortest text that gives this float32
         return value.tolist()
 
     return {key: plain(value) for key, value in values.items()}

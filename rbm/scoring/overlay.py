@@ -21,7 +21,7 @@ MAX_FRAMES = 1800
 _WIDTH = 480, 1280  # the output is as wide as the input, within these
 _MAX_PICTURE = 1600  # height in pixels of the picture of a narrow, tall video
 _BACK, _GRID, _INK = (17, 24, 39), (55, 65, 81), (229, 231, 235)
-_PROGRESS, _SUCCESS = (96, 165, 250), (52, 211, 153)
+_PROGRESS, _SPREAD, _SUCCESS = (96, 165, 250), (30, 58, 110), (52, 211, 153)
 
 
 def write_overlay(target: Path, video: VideoFile, scores: Scores, advance: Callable[[], None] | None = None) -> int:
@@ -94,10 +94,10 @@ class _Panel:
 
     def __init__(self, scores: Scores, end: float, width: int) -> None:
         self.scores, self.end, self.width = scores, end, width
-        self.unit = max(12, round(width / 40))  # pixels of a line of text
-        self.height = 2 * round(5 * self.unit)
+        self.unit = max(14, round(width / 32))  # pixels of a line of text
+        self.height = 2 * round(4.5 * self.unit)
         pad = self.unit // 2
-        self.box = _Box(pad, 4 * self.unit, width - pad, self.height - pad)
+        self.box = _Box(pad, round(4.8 * self.unit), width - pad, self.height - pad)
         self.ahead = self._curves(faint=True)
         self.behind = self._curves(faint=False)
 
@@ -115,7 +115,7 @@ class _Panel:
 
     def _numbers(self, now: int) -> Image.Image:
         image = Image.new("RGB", (self.width, self.box.top - self.unit // 4), _BACK)
-        draw, font, line = ImageDraw.Draw(image), _font(self.unit), self.unit * 1.5
+        draw, font, line = ImageDraw.Draw(image), _font(self.unit), self.unit * 1.6
         room = self.box.right - self.box.left - font.getlength("0000.0 / 0000.0 s  ")
         draw.text((self.box.left, self.unit * 0.5), _cut(self.scores.task, font, room), fill=_INK, font=font)
         progress, spread = self.scores.progress[now], self.scores.progress_std[now]
@@ -123,7 +123,7 @@ class _Panel:
         y = self.unit * 0.5 + line
         draw.text((self.box.left, y), f"progress {progress:.2f} ± {spread:.2f}", fill=_PROGRESS, font=font)
         draw.text((half, y), f"success {self.scores.success[now]:.2f}", fill=_SUCCESS, font=font)
-        top, bottom = round(y + self.unit * 1.25), round(y + self.unit * 1.6)
+        top, bottom = round(y + self.unit * 1.4), round(y + self.unit * 1.8)
         for value, colour, start, stop in (
             (float(progress), _PROGRESS, self.box.left, half - self.unit),
             (float(self.scores.success[now]), _SUCCESS, half, self.box.right),
@@ -133,26 +133,25 @@ class _Panel:
         return image
 
     def _curves(self, faint: bool) -> Image.Image:
-        """All curves from start to end; `faint` ones show the frame only, since the future is not known yet."""
-        image = Image.new("RGB", (self.width, self.height), _BACK)
+        """The grid, and unless `faint` all curves from start to end: what is not known yet stays hidden."""
+        fine = 3  # drawn larger and scaled down, since Pillow's lines have hard edges
+        box = _Box(*(fine * side for side in (self.box.left, self.box.top, self.box.right, self.box.bottom)))
+        image = Image.new("RGB", (fine * self.width, fine * self.height), _BACK)
         draw = ImageDraw.Draw(image)
         for value in (0.0, 0.5, 1.0):
-            draw.line([(self.box.left, self.box.y(value)), (self.box.right, self.box.y(value))], fill=_GRID)
-        if faint:
-            return image
-        x = [self.box.x(min(1.0, t / self.end)) for t in self.scores.timestamp.tolist()]
-        low, high = np.clip(self.scores.progress + np.outer([-1, 1], self.scores.progress_std), 0, 1)
-        outline = [(a, self.box.y(b)) for a, b in zip(x, high.tolist(), strict=True)]
-        outline += [(a, self.box.y(b)) for a, b in zip(x[::-1], low[::-1].tolist(), strict=True)]
-        thick = max(2, self.unit // 6)
-        if len(x) > 1:
-            draw.polygon(outline, fill=(30, 58, 110))
-        for values, colour in ((self.scores.success, _SUCCESS), (self.scores.progress, _PROGRESS)):
-            points = [(a, self.box.y(b)) for a, b in zip(x, values.tolist(), strict=True)]
-            draw.line(points, fill=colour, width=thick, joint="curve")
-            if len(points) == 1:
-                draw.circle(points[0], thick, fill=colour)
-        return image
+            draw.line([(box.left, box.y(value)), (box.right, box.y(value))], fill=_GRID, width=fine)
+        if not faint:
+            x = [box.x(min(1.0, t / self.end)) for t in self.scores.timestamp.tolist()]
+            low, high = np.clip(self.scores.progress + np.outer([-1, 1], self.scores.progress_std), 0, 1).tolist()
+            if len(x) > 1:
+                upper, lower = zip(x, map(box.y, high), strict=True), zip(x[::-1], map(box.y, low[::-1]), strict=True)
+                draw.polygon([*upper, *lower], fill=_SPREAD)
+            thick = fine * max(2, self.unit // 6)
+            for values, colour in ((self.scores.success, _SUCCESS), (self.scores.progress, _PROGRESS)):
+                points = list(zip(x, map(box.y, values.tolist()), strict=True))
+                draw.line(points, fill=colour, width=thick, joint="curve")
+                draw.circle(points[0], thick / 2 if len(points) > 1 else thick, fill=colour)
+        return image.resize((self.width, self.height), Image.Resampling.BOX)
 
 
 @lru_cache(maxsize=8)

@@ -74,6 +74,8 @@ def _draw_curves(axes: Axes, scores: Scores) -> None:
     axes.set_ylim(-0.03, 1.03)
     span = float(time[-1] - time[0])
     margin = 0.02 * span if span > 0 else 0.5
+    if span == 0:
+        axes.set_xticks([float(time[0])])
     axes.set_xlim(time[0] - margin, time[-1] + margin)
     axes.set_xlabel("time in s", color=INK, fontsize=9, labelpad=1)
     axes.tick_params(colors=INK, labelsize=9, length=3)

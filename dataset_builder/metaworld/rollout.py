@@ -1,0 +1,201 @@
+"""One attempt, rolled out on state alone, and how it ended."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_builder.metaworld.cloning import ClonedPolicy, clone_policy
+from dataset_builder.metaworld.plans import MESSY, PLANS, Plan, Policy, Robot
+from dataset_builder.metaworld.progress import ProgressLabel, fit_progress
+from dataset_builder.metaworld.simulator import Simulator, Snapshot
+from rbm.errors import UserError
+from rbm.trajectory import Quality
+
+TAIL = (3, 25)
+"""A success ends this many steps after the simulator first says so (both included)."""
+
+LONGEST = 400
+"""Steps after which an attempt is given up; the environments allow 500."""
+
+_CALIBRATION_SEED = 20_260
+_DEMONSTRATIONS = 10
+_MESSY_ROLLOUTS = 14
+_FINAL_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A labelled attempt; its scene is still in the simulator if it was the last one rolled out.
+
+    Attributes:
+        plan: what was intended.
+        snapshots: L moments, the first after the scene settled.
+        actions: float32 (L, 4); row i is what was done at moment i (the last was not carried out any more).
+        progress: float32 (L,), the dense label.
+        quality: how it ended; None where it counts as neither (see `Judge`), and `why` says so.
+        done: the first moment of success, for a success.
+        messy: a success under any plan but the clean one, or one that took the expert unusually long.
+    """
+
+    plan: str
+    snapshots: tuple[Snapshot, ...]
+    actions: NDArray[np.float32]
+    progress: NDArray[np.float32]
+    quality: Quality | None
+    why: str
+    done: int | None
+    messy: bool
+
+    def __len__(self) -> int:
+        return len(self.snapshots)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """From the simulator's signals to an outcome.
+
+    Successful: the success signal is on at the last moment, and was off for at most `flicker` of the
+    moments since it first came on. Without any success: the label's mean over the last five moments
+    decides, real progress from `suboptimal_from` on, none up to `failure_to`. What lies between, and
+    what was a success on the way but is none at the end, is neither and is left out.
+    """
+
+    suboptimal_from: float = 0.40
+    failure_to: float = 0.27
+    flicker: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.failure_to <= self.suboptimal_from <= 1:
+            raise UserError(
+                f"failure_to={self.failure_to} and suboptimal_from={self.suboptimal_from} must rise within [0, 1]"
+            )
+
+    def outcome(self, success: NDArray[np.bool_], progress: NDArray[np.floating]) -> tuple[Quality | None, str]:
+        if success.any():
+            if not success[-1]:
+                return None, "success lost"
+            if np.mean(~success[int(np.argmax(success)) :]) > self.flicker:
+                return None, "success flickers"
+            return Quality.SUCCESSFUL, ""
+        final = float(np.mean(progress[-_FINAL_STEPS:]))
+        if final >= self.suboptimal_from:
+            return Quality.SUBOPTIMAL, ""
+        if final <= self.failure_to:
+            return Quality.FAILURE, ""
+        return None, "between failure and suboptimal"
+
+
+class Study:
+    """One task, studied before it is collected: its label, its usual lengths, its half-trained policies.
+
+    All of it comes from rollouts with a fixed seed, so that it is the same in every process and corpus.
+
+    Raises:
+        UserError: the scripted expert hardly ever succeeds.
+    """
+
+    def __init__(self, name: str, judge: Judge) -> None:
+        self.simulator = Simulator(name)
+        self.judge = judge
+        self._seed = [_CALIBRATION_SEED, zlib.crc32(name.encode())]
+        demos = self._demonstrate()
+        if len(demos) < 3:
+            raise UserError(f"Meta-World {name!r}: its scripted expert succeeded in {len(demos)} of 30 scenes, need 3")
+        self.demonstrations = tuple(demos)
+        self.usual = int(np.median([len(snapshots) for snapshots, _ in demos]))
+        self.label: ProgressLabel = fit_progress([snapshots for snapshots, _ in demos])
+        self._clones: tuple[ClonedPolicy, ...] | None = None
+        self.lengths = self._usual_lengths()
+
+    def _demonstrate(self) -> list[tuple[list[Snapshot], NDArray[np.float64]]]:
+        """Clean successes up to the first success; slow ones, where the expert had to try again, left out."""
+        found: list[tuple[list[Snapshot], NDArray[np.float64]]] = []
+        for trial in range(30):
+            rng = np.random.default_rng([*self._seed, trial])
+            expert = self.simulator.expert()
+            now = self.simulator.reset(int(rng.integers(2**31)))
+            snapshots, actions = [now], []
+            while len(snapshots) < LONGEST and not now.success:
+                action = np.clip(np.asarray(expert.get_action(now.obs.copy()), np.float64), -1, 1)
+                actions.append(action)
+                now = self.simulator.step(action.astype(np.float32))
+                snapshots.append(now)
+            if now.success and len(snapshots) > 8:
+                found.append((snapshots, np.array([*actions, actions[-1]])))
+            if len(found) == _DEMONSTRATIONS:
+                break
+        quick = np.percentile([len(snapshots) for snapshots, _ in found], 25) if found else 0
+        return [demo for demo in found if len(demo[0]) <= 1.35 * quick]
+
+    def _usual_lengths(self) -> NDArray[np.int64]:
+        """Steps of messy successes, as many as there are clean ones: what other attempts are cut to."""
+        rng = np.random.default_rng([*self._seed, 999])
+        lengths: list[int] = []
+        for trial in range(_MESSY_ROLLOUTS):
+            plan = PLANS[MESSY[trial % len(MESSY)]]
+            attempt = self._run(plan, np.random.default_rng([*self._seed, 1000 + trial]), LONGEST)
+            if attempt.quality is Quality.SUCCESSFUL and attempt.done is not None:
+                lengths.append(attempt.done)
+        clean = [len(snapshots) - 1 for snapshots, _ in self.demonstrations]
+        both = np.concatenate([np.resize(clean, 60), np.resize(lengths or clean, 60)])
+        return both + rng.integers(TAIL[0], TAIL[1] + 1, len(both))
+
+    def clones(self) -> tuple[Policy, ...]:
+        """Half-trained policies, made at the first call."""
+        if self._clones is None:
+            observations = [np.array([now.obs for now in snapshots]) for snapshots, _ in self.demonstrations]
+            self._clones = clone_policy(observations, [actions for _, actions in self.demonstrations], self._seed[1])
+        return self._clones
+
+    def attempt(self, seed: int, index: int, draw_plan: Callable[[np.random.Generator], str]) -> Attempt:
+        """Attempt number `index`: a pure function of the arguments and the task."""
+        rng = np.random.default_rng([seed, self._seed[1], index])
+        plan = PLANS[draw_plan(rng)]
+        length = int(rng.choice(self.lengths))
+        return self._run(plan, rng, length)
+
+    def _run(self, plan: Plan, rng: np.random.Generator, length: int) -> Attempt:
+        """Steps until `length`, or for a random tail after the first success. A plan that means to succeed gets its time."""
+        limit = LONGEST if plan.clean or plan.name in MESSY else length
+        tail = int(rng.integers(TAIL[0], TAIL[1] + 1))
+        holds = bool(rng.random() < 0.7)
+        start = self.simulator.reset(int(rng.integers(2**31)))
+        robot = Robot(self.simulator.expert(), self.clones, rng, self.usual, start.obs)
+        robot.gain, robot.tremble = rng.uniform(0.75, 1.0), rng.uniform(0.0, 0.15)
+        script = plan.script(robot)
+        now, done = start, None
+        snapshots, actions = [], []
+        rest: NDArray[np.float64] | None = None
+        for step in range(LONGEST):
+            robot.obs, robot.progress = now.obs, self.label.at(start, now)
+            robot.path.append(now.hand.copy())
+            if done is None and now.success:
+                done = step
+            if done is not None and holds:
+                # the object is where it should be: most people stop there, and some experts spoil it going on
+                rest = robot.hand if rest is None else rest
+                action = robot.towards(rest, robot.effort)
+            else:
+                action = next(script)
+            robot.efforts.append(float(action[3]))
+            snapshots.append(now)
+            actions.append(action.astype(np.float32))
+            if step + 1 >= (limit if done is None else done + tail + 1):
+                break
+            now = self.simulator.step(actions[-1])
+        keep = len(snapshots) if done is not None else min(len(snapshots), length)
+        kept = tuple(snapshots[:keep])
+        success = np.array([moment.success for moment in kept])
+        progress = self.label.over(kept).astype(np.float32)
+        quality, why = self.judge.outcome(success, progress)
+        messy = quality is Quality.SUCCESSFUL and (not plan.clean or (done or 0) > 1.35 * self.usual)
+        done = done if quality is Quality.SUCCESSFUL else None
+        return Attempt(plan.name, kept, np.array(actions[:keep]), progress, quality, why, done, messy)
+
+    def close(self) -> None:
+        self.simulator.close()

@@ -1,0 +1,265 @@
+"""Attempts collected in Meta-World: fifty table-top tasks of a simulated Sawyer arm.
+
+An attempt number `index` of an environment is a pure function of (configuration, seed, environment,
+index): the scene, the plan, the noise and the length come from one generator keyed by them. It is
+rolled out on state alone and labelled by the simulator; only attempts that a quota still needs are
+rendered. A resumed build labels again from index 0, which costs a tenth of a second an attempt, and
+so comes to the same choice; it renders only what is not there yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_builder.metaworld.plans import PLANS
+from dataset_builder.metaworld.rollout import Attempt, Judge, Study
+from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, did_you_mean, load_metaworld
+from dataset_builder.metaworld.tasks import MT10, TASKS
+from dataset_builder.sources.base import Episode, Skipped
+from rbm.errors import UserError
+from rbm.frames import pick_frames
+from rbm.trajectory import MAX_SHORT_SIDE, MAX_STORED_FRAMES, Quality, Task, Trajectory
+
+logger = logging.getLogger(__name__)
+
+ARRAYS = ("action", "state", "env_reward", "success")
+"""Side arrays at full rate, row i for moment i: action float32 (L, 4), done at this moment; state float32
+(L, 39), the observation; env_reward float32 (L,), the dense reward of this state, earned by action i-1;
+success bool (L,)."""
+
+DEFAULT_PLANS: dict[str, float] = {
+    "clean": 5,
+    **dict.fromkeys(("pause", "detour", "overshoot", "retry", "undo_retry", "clumsy"), 1.0),
+    **dict.fromkeys(("stop_part", "leave_part", "near_miss", "drop", "wrong_place", "stutter_part"), 1.2),
+    **dict.fromkeys(("miss", "undo", "hover", "drift", "freeze", "go_elsewhere"), 0.8),
+    **dict.fromkeys(("no_grip", "wrong_object", "random"), 0.5),
+    **dict.fromkeys(("clone_early", "clone_middle", "clone_late"), 0.6),
+}
+"""How often each plan is drawn."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What a quota counts: an outcome, successes split into clean and messy."""
+
+    quality: Quality
+    messy: bool = False
+
+    def __str__(self) -> str:
+        return f"{'messy ' if self.messy else ''}{self.quality.value}"
+
+
+class Metaworld:
+    """The source; see the module's text. One unit is one environment.
+
+    Args:
+        envs: environment names without version ending, or "all" or "mt10".
+        exclude: names to leave out of `envs`.
+        per_quality: trajectories an environment, by outcome (0: none).
+        messy_share: of the successes, how many are messy (pauses, detours, retries).
+        cameras: views to render; "near" is our own, the others are Meta-World's.
+        size: pixels a side.
+        seed: of the attempts (labels and usual lengths have a seed of their own).
+        first_index: the number of the first attempt looked at.
+        max_attempts: how many attempts an environment may take to fill the quotas.
+        plans: how often each plan is drawn; None for the usual mixture.
+        arrays: which of `ARRAYS` ride along.
+        suboptimal_from, failure_to: where the dense label's end counts as real or as no progress.
+        name: of the source, and first part of every id.
+        facts: what else is known of the source.
+
+    Raises:
+        UserError: a name, a number or a share that makes no sense; it says which would.
+    """
+
+    def __init__(
+        self,
+        envs: Sequence[str] | str = "mt10",
+        per_quality: Mapping[str, int] | None = None,
+        messy_share: float = 0.5,
+        cameras: Sequence[str] = (NEAR_VIEW,),
+        size: int = 96,
+        seed: int = 0,
+        first_index: int = 0,
+        max_attempts: int = 1_500,
+        plans: Mapping[str, float] | None = None,
+        arrays: Sequence[str] = (),
+        suboptimal_from: float = 0.40,
+        failure_to: float = 0.27,
+        exclude: Sequence[str] = (),
+        name: str = "metaworld",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self._envs = _chosen(envs, exclude)
+        self._judge = Judge(suboptimal_from, failure_to)
+        self._quotas = _quotas(per_quality or {"successful": 24, "suboptimal": 16, "failure": 20}, messy_share)
+        self._cameras = tuple(cameras)
+        self._size, self._seed = int(size), int(seed)
+        self._first, self._most = int(first_index), int(max_attempts)
+        self._arrays = tuple(arrays)
+        weights = dict(plans or DEFAULT_PLANS)
+        for given, known, what in ((weights, PLANS, "plan"), (self._arrays, ARRAYS, "array")):
+            for item in given:
+                if item not in known:
+                    raise UserError(f"unknown {what} {item!r} in source {name!r}: {did_you_mean(item, list(known))}")
+        if not self._cameras or len(set(self._cameras)) < len(self._cameras):
+            raise UserError(f"source {name!r}: cameras={list(self._cameras)} must name at least one, none twice")
+        if not 8 <= self._size <= MAX_SHORT_SIDE:
+            raise UserError(f"source {name!r}: size={size} must be 8 to {MAX_SHORT_SIDE} pixels")
+        if min(self._seed, self._first) < 0 or self._most < 1:
+            raise UserError(f"source {name!r}: seed and first_index must not be negative, max_attempts at least 1")
+        if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise UserError(f"source {name!r}: plan weights must not be negative, nor all 0")
+        self._plan_names = tuple(weights)
+        self._plan_odds = np.array(list(weights.values()), np.float64) / sum(weights.values())
+        self._facts = dict(facts or {})
+        self._study: tuple[str, Study] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_study": None}  # a simulator does not travel to another process
+
+    def source_facts(self) -> dict[str, Any]:
+        """The configured facts, and what a reader of the corpus needs to make it again."""
+        version = _version()
+        return {
+            "completion": None,
+            **self._facts,
+            "metaworld": version,
+            "seed": self._seed,
+            "cameras": list(self._cameras),
+            "suboptimal_from": self._judge.suboptimal_from,
+            "failure_to": self._judge.failure_to,
+        }
+
+    def tasks(self) -> list[Task]:
+        return [TASKS[env] for env in self._envs]
+
+    def units(self) -> list[str]:
+        return list(self._envs)
+
+    def attempts(self, unit: str) -> Iterator[tuple[int, Attempt]]:
+        """Labelled attempts without pixels, from `first_index` on: what quotas choose from."""
+        study = self._studied(unit)
+        for index in range(self._first, self._first + self._most):
+            yield index, study.attempt(self._seed, index, self._draw_plan)
+
+    def collect(self, unit: str, skip: set[str]) -> Iterator[Episode | Skipped]:
+        """The attempts that fill the quotas, in order of index, less those in `skip`; then what was left out."""
+        wanted = dict(self._quotas)
+        left_out: Counter[str] = Counter()
+        tried = 0
+        if any(wanted.values()):
+            for index, attempt in self.attempts(unit):
+                tried += 1
+                if attempt.quality is None:
+                    left_out[attempt.why] += 1
+                    continue
+                slot = _Slot(attempt.quality, attempt.messy)
+                if not wanted[slot]:
+                    continue
+                wanted[slot] -= 1
+                identity = f"{self.name}/{unit}/{self._seed}-{index:05d}"
+                if identity not in skip:
+                    yield self._episode(unit, identity, index, attempt)
+                if not any(wanted.values()):
+                    break
+        for why, count in sorted(left_out.items()):
+            yield Skipped(f"{self.name}/{unit}: {count} of {tried} attempts", why)
+        for slot, missing in wanted.items():
+            if missing:
+                message = f"found {self._quotas[slot] - missing} of {self._quotas[slot]} {slot} in {tried} attempts"
+                logger.warning("%s/%s: %s", self.name, unit, message)
+                yield Skipped(f"{self.name}/{unit}: {message}", "quota not filled")
+
+    def _episode(self, unit: str, identity: str, index: int, attempt: Attempt) -> Episode:
+        picked = pick_frames(len(attempt), MAX_STORED_FRAMES)
+        physics = [attempt.snapshots[i].physics for i in picked]
+        frames = self._studied(unit).simulator.render(physics, self._cameras, self._size)
+        trajectory = Trajectory(
+            id=identity,
+            task=TASKS[unit].text,
+            source=self.name,
+            quality=attempt.quality or Quality.FAILURE,
+            frame_index=picked.astype(np.int32),
+            timestamp=(picked / FPS).astype(np.float32),
+            fps=FPS,
+            height=self._size,
+            width=self._size,
+            views=self._cameras,
+            messy=attempt.messy,
+            embodiment="sawyer",
+            is_robot=True,
+            is_sim=True,
+            done_index=attempt.done,
+            progress=attempt.progress[picked],
+            provenance=f"metaworld {_version()} {unit}-v3, seed {self._seed}, attempt {index}, plan {attempt.plan}",
+        )
+        return Episode(trajectory, frames, {key: _array(attempt, key) for key in self._arrays})
+
+    def _studied(self, unit: str) -> Study:
+        if self._study is None or self._study[0] != unit:
+            if self._study is not None:
+                self._study[1].close()
+            self._study = (unit, Study(unit, self._judge))
+        return self._study[1]
+
+    def _draw_plan(self, rng: np.random.Generator) -> str:
+        return self._plan_names[int(rng.choice(len(self._plan_names), p=self._plan_odds))]
+
+
+def _array(attempt: Attempt, key: str) -> NDArray[Any]:
+    if key == "action":
+        return attempt.actions
+    if key == "state":
+        return np.array([now.obs for now in attempt.snapshots], np.float32)
+    if key == "env_reward":
+        return np.array([now.reward for now in attempt.snapshots], np.float32)
+    return np.array([now.success for now in attempt.snapshots], np.bool_)
+
+
+def _chosen(envs: Sequence[str] | str, exclude: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(envs, str):
+        groups = {"all": tuple(TASKS), "mt10": MT10}
+        chosen = groups.get(envs, (envs,))
+    else:
+        chosen = tuple(envs)
+    for name in (*chosen, *exclude):
+        if name not in TASKS:
+            raise UserError(f"unknown Meta-World environment {name!r}: {did_you_mean(name, list(TASKS))}")
+    left = tuple(dict.fromkeys(name for name in chosen if name not in exclude))
+    if not left:
+        raise UserError("envs and exclude leave no Meta-World environment: name at least one, or \"all\" or \"mt10\"")
+    return left
+
+
+def _quotas(per_quality: Mapping[str, int], messy_share: float) -> dict[_Slot, int]:
+    for key, count in per_quality.items():
+        if key not in set(Quality):
+            raise UserError(f"per_quality: unknown outcome {key!r}, use {', '.join(Quality)}")
+        if count < 0:
+            raise UserError(f"per_quality: {key}={count} must not be negative")
+    if not 0 <= messy_share <= 1:
+        raise UserError(f"messy_share={messy_share} must be in [0, 1]")
+    successes = int(per_quality.get("successful", 0))
+    messy = round(messy_share * successes)
+    return {
+        _Slot(Quality.SUCCESSFUL): successes - messy,
+        _Slot(Quality.SUCCESSFUL, True): messy,
+        _Slot(Quality.SUBOPTIMAL): int(per_quality.get("suboptimal", 0)),
+        _Slot(Quality.FAILURE): int(per_quality.get("failure", 0)),
+    }
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    load_metaworld()
+    return version("metaworld")

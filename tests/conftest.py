@@ -1,0 +1,34 @@
+"""Shared fixtures: a tiny real corpus, a tiny real model."""
+
+import torch
+from pathlib import Path
+
+import pytest
+
+import moving_dot
+from rbm.corpus import Corpus
+from rbm.model import RewardModel
+from rbm.model.backbones import NanoBackbone
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dot_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """4 tasks × 3 outcomes × 4 attempts of a moving dot, jpeg, with dense labels."""
+    return moving_dot.write_corpus(tmp_path_factory.mktemp("dot") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> RewardModel:
+    """A small `nano` with random weights, in eval mode."""
+    torch.manual_seed(0)
+    return RewardModel(NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2), context_frames=8).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` as a saved folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.save_pretrained(str(folder))
+    return folder
