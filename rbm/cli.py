@@ -56,7 +56,9 @@ def cli(verbose: bool) -> None:
       rbm score attempt.mp4 --task "open the drawer" --plot scores.png
       rbm train experiment=demo run_dir=runs/first
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
 
 
 def main() -> None:

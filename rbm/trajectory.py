@@ -185,7 +185,9 @@ def completion_index(trajectory: Trajectory, cutoff: float | None = None) -> int
     last = trajectory.n_frames - 1
     if trajectory.done_index is not None:
         if trajectory.done_index > int(trajectory.frame_index[last]):
-            raise ValueError(f"trajectory {trajectory.id!r}: done_index {trajectory.done_index} lies after its last frame")
+            raise ValueError(
+                f"trajectory {trajectory.id!r}: done_index {trajectory.done_index} lies after its last frame"
+            )
         return int(np.searchsorted(trajectory.frame_index, trajectory.done_index))
     if cutoff is not None:
         if not 0 < cutoff <= 1:

@@ -1,11 +1,11 @@
 """Shared fixtures: a tiny real corpus, a tiny real model."""
 
-import torch
 from pathlib import Path
 
-import pytest
-
 import moving_dot
+import pytest
+import torch
+
 from rbm.corpus import Corpus
 from rbm.model import RewardModel
 from rbm.model.backbones import NanoBackbone

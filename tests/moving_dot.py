@@ -35,7 +35,9 @@ def draw_frames(task: str, progress: NDArray[np.float64], offset: float = 0.0) -
     return frames
 
 
-def attempt(task: str, quality: Quality, number: int, n_frames: int = 20, dense: bool = True) -> tuple[Trajectory, NDArray[np.uint8]]:
+def attempt(
+    task: str, quality: Quality, number: int, n_frames: int = 20, dense: bool = True
+) -> tuple[Trajectory, NDArray[np.uint8]]:
     """One attempt: a success goes all the way by four fifths of the video, the others turn back or stop."""
     rng = np.random.default_rng([TASKS.index(next(t for t in TASKS if t.text == task)), quality.rank, number])
     time = np.linspace(0, 1, n_frames)

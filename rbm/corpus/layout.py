@@ -14,6 +14,8 @@ VERSION = 1
 BRANCH = "main"
 
 SEGMENT_GROUP = "segments"
+"""Segment k, shard n holds bytes [n S, (n + 1) S) of the segment, S = SHARD_BYTES, as they are and unbroken,
+then zarr's index of its inner chunks. Any zarr reads that; ours takes byte ranges of the object itself."""
 SHARD_BYTES = 64 << 20
 """One object in the store. Large enough that a terabyte is some ten thousand objects."""
 INNER_CHUNK_BYTES = 64 << 10
@@ -51,6 +53,11 @@ ID_HEAP = "id_heap"
 TASK_END = "task_end"
 TASK_HEAP = "task_heap"
 """Task table: one JSON object a task, end to end, and int64 ends. Row number = the column `task`."""
+
+
+def shard_key(segment: int, shard: int) -> str:
+    """The store's key of a shard (zarr v3, default chunk key encoding)."""
+    return f"{segment_name(segment)}/c/{shard}"
 
 
 def segment_name(number: int) -> str:

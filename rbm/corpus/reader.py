@@ -49,7 +49,6 @@ class Corpus:
         self.tasks: tuple[Task, ...] = read_tasks(root)
         self.sources: dict[str, SourceInfo] = sources_from_json(self._attributes["sources"])
         self.embodiments: tuple[str, ...] = tuple(self._attributes["embodiments"])
-        self._segments: dict[int, zarr.Array] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], snapshot: str | None = None) -> Corpus:
@@ -229,18 +228,23 @@ class Corpus:
         """Bytes [start, stop) of one payload."""
         store.check_runtime(self.path)
         segment = int(self.columns.segment[row])
-        offset = int(self.columns.offset[row])
-        try:
-            if segment not in self._segments:
-                self._segments[segment] = store.array(self._root, layout.segment_name(segment))
-            data = np.asarray(self._segments[segment][offset + start : offset + stop])
-        except (*store.STORE_ERRORS, ValueError, KeyError) as error:  # ValueError: zarr, a shard's broken index
-            raise CorruptPayload(
-                self.ids[row], f"segment {segment} can not be read: {store.first_line(error)}"
-            ) from error
-        if len(data) != stop - start:
-            raise CorruptPayload(self.ids[row], f"segment {segment} is cut short")
-        return np.ascontiguousarray(data)
+        first = int(self.columns.offset[row]) + start
+        last = int(self.columns.offset[row]) + stop
+        pieces = []
+        while first < last:
+            shard, at = divmod(first, layout.SHARD_BYTES)
+            size = min(last - first, layout.SHARD_BYTES - at)
+            key = layout.shard_key(segment, shard)
+            try:
+                piece = store.read_range(self._root, key, at, at + size)
+            except store.STORE_ERRORS as error:
+                reason = store.first_line(error)
+                raise CorruptPayload(self.ids[row], f"{key} can not be read: {reason}") from error
+            if piece is None or len(piece) != size:
+                raise CorruptPayload(self.ids[row], f"{key} is {'missing' if piece is None else 'cut short'}")
+            pieces.append(piece)
+            first += size
+        return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
 
 
 @dataclass(frozen=True)

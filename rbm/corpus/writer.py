@@ -352,6 +352,7 @@ class _Segment:
                 shards=(layout.SHARD_BYTES,),
                 compressors=None,
                 filters=None,
+                config={"write_empty_chunks": True},  # chunks of zeros too: a shard's bytes stand unbroken
             )
         data = np.frombuffer(bytes(self._buffer[:size]), np.uint8)
         self._array.resize((self._written + size,))

@@ -163,7 +163,7 @@ def _reliability(axes: Axes, records: Sequence[Record]) -> None:
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xlabel="predicted P(success)", ylabel="share that succeeded")
     axes.set_xticks([0, 0.5, 1])
     axes.set_yticks([0, 0.5, 1])
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
 def _finals(axes: Axes, records: Sequence[Record]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rbm.evaluation.metrics import label_error
 from rbm.evaluation.results import Evaluation, Record, Result
 from rbm.evaluation.summary import FAILURE, SUBOPTIMAL, SUCCESS
+from rbm.frames import pick_frames
 
 OUTCOMES = ("success", "suboptimal", "failure")
 SHOWN_GROUPS = {"heldout": "held-out trajectories", "newtask": "new tasks"}
@@ -79,6 +81,6 @@ def _outcome(record: Record) -> str:
     return f"{'messy ' if record.messy else ''}{OUTCOMES[record.quality]}".capitalize()
 
 
-def strip_places(n: int, most: int = 8) -> np.ndarray:
+def strip_places(n: int, most: int = 8) -> NDArray[np.int64]:
     """Which of n clip frames stand in a strip of at most `most`: int64, even, both ends kept."""
-    return np.round(np.linspace(0, n - 1, min(n, most))).astype(np.int64)
+    return pick_frames(n, most)

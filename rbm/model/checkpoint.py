@@ -67,7 +67,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     source = Path(folder)
     if not source.is_dir():
         hint = "a Lightning file resumes training; score with the folder beside it" if source.is_file() else ""
-        raise UserError(f"checkpoint {source} is not a folder with {CONFIG} and {WEIGHTS}" + (f": {hint}" if hint else ""))
+        raise UserError(
+            f"checkpoint {source} is not a folder with {CONFIG} and {WEIGHTS}" + (f": {hint}" if hint else "")
+        )
     path = source / CONFIG
     if not path.is_file():
         raise UserError(f"{source}: {CONFIG} is missing, this is not a reward model's folder")

@@ -33,6 +33,9 @@ class RewardModel(nn.Module):
         ValueError: a combination of options that has no meaning.
     """
 
+    success_temperature: Tensor
+    success_bias: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -66,7 +69,7 @@ class RewardModel(nn.Module):
     def config(self) -> dict[str, Any]:
         """Everything needed to make the same architecture again, JSON-able."""
         return {
-            "backbone": {"type": self.backbone.type, **self.backbone.config()},
+            "backbone": {"type": self.backbone.name, **self.backbone.config()},
             "context_frames": self.context_frames,
             "pair": self.pair,
             "preference": self.preference,

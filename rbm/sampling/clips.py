@@ -27,7 +27,7 @@ class ClipOptions:
     Attributes:
         context_frames: N, the most frames a clip shows.
         irregular: probability of random gaps.
-        session: probability of a session's frames (a quarter of all clips at least, so that live scoring is trained for).
+        session: probability of a session's frames (make a quarter of all clips such, to train for live scoring).
         shorter: probability that a clip has a random number 2..N of frames instead of N.
         shuffle: probability that a pair's frames are shown in random order; such a pair has no preference.
     """

@@ -20,7 +20,7 @@ from rbm.sampling.table import Table
 from rbm.sampling.targets import ClipTargets, clip_targets
 
 DEFAULT_WEIGHTS = {"outcome": 2.0, "wrong_task": 2.0, "rewind": 1.0, "reverse": 1.0, "grade": 1.0}
-"""A third real outcomes, a third wrong instructions, a sixth each rewind and reverse; grades where a corpus has them."""
+"""A third real outcomes, a third wrong instructions, a sixth each rewind and reverse; grades where there are any."""
 
 DenseLabels = Callable[[int], NDArray[np.float32] | None]
 """Dense labels float32 (T,) of trajectory `number` of the corpus, or none."""

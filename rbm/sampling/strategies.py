@@ -1,6 +1,6 @@
 """Strategies: how a pair with a better and a worse clip is made.
 
-    rewind      chosen s..m of a clean success, rejected s..m..r: r before completion, at least a tenth of the video lost
+    rewind      chosen s..m of a clean success, rejected s..m..r: r before completion, a tenth of the video lost
     reverse     chosen s..m of a clean success, rejected m..s
     outcome     a better and a worse attempt at one task, both at full length
     wrong_task  a success, and another task's video under the same instruction

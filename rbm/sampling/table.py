@@ -79,7 +79,9 @@ class Table:
         order = np.argsort(key, kind="stable")
         number = chosen[order]
         edges = np.searchsorted(key[order], np.arange(len(tasks) * N_QUALITIES + 1))
-        start = np.stack([edges[0:-1:N_QUALITIES], edges[1::N_QUALITIES], edges[2::N_QUALITIES], edges[3::N_QUALITIES]], 1)
+        start = np.stack(
+            [edges[0:-1:N_QUALITIES], edges[1::N_QUALITIES], edges[2::N_QUALITIES], edges[3::N_QUALITIES]], 1
+        )
         names = {name: index for index, name in enumerate(sorted({task.scene for task in tasks if task.scene}))}
         return cls(
             number=number,

@@ -17,7 +17,7 @@ console = Console(stderr=True)
 
 
 class StepProgress(Callback):
-    """A bar over the optimiser steps with the losses beside it; a line every tenth of the run where there is no terminal."""
+    """A bar over the optimiser steps with the losses beside it; without a terminal a line every tenth of the run."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bar = Progress(

@@ -231,7 +231,9 @@ class PairDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: PairDataset, order: Onward, workers: int) -> DataLoader[PairBatch]:
         # spawn: Icechunk's threads do not survive a fork
-        more: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 6, "persistent_workers": True} if workers else {}
+        more: dict[str, Any] = (
+            {"multiprocessing_context": "spawn", "prefetch_factor": 6, "persistent_workers": True} if workers else {}
+        )
         return DataLoader(
             dataset, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_quiet_worker, **more
         )

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) -> None:
-    """Calibrate `model` on the clips that scoring would make of the validation trajectories, each under its instruction.
+    """Calibrate `model` on the clips that scoring would make of the validation trajectories.
 
     Every clip weighs the same, however many of its frames are supervised. Without validation
     trajectories the head stays as it is.

@@ -40,7 +40,8 @@ class RewardModule(L.LightningModule):
         self._sums: dict[str, float] = defaultdict(float)
 
     def configure_optimizers(self) -> Any:
-        decayed, others = [], []
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and "embedding" not in name

@@ -60,7 +60,9 @@ def train(config: DictConfig) -> Path:
         return _train(config, folder, finished)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left on the disk of {folder}: free some, then run the same command again") from error
+            raise UserError(
+                f"no space left on the disk of {folder}: free some, then run the same command again"
+            ) from error
         raise UserError(f"cannot write to {folder}: {error}") from error
 
 
@@ -152,12 +154,20 @@ def _claim(folder: Path, config: DictConfig) -> None:
         return
     before = plain(OmegaConf.load(path))  # type: ignore[arg-type]
     now = plain(config)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    old, new = _flat(before), _flat(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise UserError(
             f"{folder} holds a run of another configuration (differs in: {', '.join(changed)}): "
             "choose another run_dir=…, or delete that folder"
         )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested configuration as dotted keys."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {key: value for name in config for key, value in _flat(config[name], f"{prefix}.{name}".strip(".")).items()}
 
 
 def _check_checkpoint(path: Path, data: PairDataModule) -> None:
@@ -166,11 +176,12 @@ def _check_checkpoint(path: Path, data: PairDataModule) -> None:
         facts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["rbm"]
     except (RuntimeError, KeyError, EOFError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read, it may be truncated: delete it to start the run again ({str(error).splitlines()[0]})"
+            f"{path} cannot be read, it may be truncated: delete it to start the run again "
+            f"({str(error).splitlines()[0]})"
         ) from error
     if facts["snapshot"] != data.corpus.snapshot:
         raise UserError(
-            f"{path} was trained on snapshot {facts['snapshot']} of its corpus, which is now at {data.corpus.snapshot}: "
+            f"{path} was trained on snapshot {facts['snapshot']} of its corpus, now it is at {data.corpus.snapshot}: "
             f"pin data.snapshot={facts['snapshot']} or choose another run_dir"
         )
 

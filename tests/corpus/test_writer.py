@@ -4,13 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import icechunk
 import numpy as np
 import pytest
+import zarr
 from attempts import TASKS, attempt, payload_bytes, same_record, write
 
-from rbm.corpus import Corpus, CorpusWriter, CorruptPayload
+from rbm.corpus import Corpus, CorpusWriter, CorruptPayload, pack
 from rbm.errors import UserError
 from rbm.trajectory import Quality, Task
 
@@ -109,12 +112,28 @@ def test_a_segment_grows_over_several_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("rbm.corpus.layout.SHARD_BYTES", 1 << 13)
     monkeypatch.setattr("rbm.corpus.layout.INNER_CHUNK_BYTES", 1 << 11)
     corpus = write(tmp_path / "c", range(12))
-    monkeypatch.undo()
     assert corpus.columns.length.sum() > 3 << 13
     assert set(corpus.columns.segment.tolist()) == {0}
     for number, trajectory in enumerate(corpus):
         assert same_record(trajectory, attempt(number)[0])
         corpus.payload(number).verify()
+
+
+def test_plain_zarr_reads_the_same_bytes(tmp_path):
+    """What docs/corpus.md promises; runs of zeros, which zarr would leave out of a shard, stand in it too."""
+    with CorpusWriter(tmp_path / "c") as writer:
+        for number in range(3):
+            noise = np.random.default_rng(number).integers(0, 256, 150_000, dtype=np.uint8)
+            packed = pack(*attempt(number), {"noise": noise})
+            writer.add_packed(replace(packed, payload=packed.payload + bytes(200_000)))
+    corpus = Corpus.open(tmp_path / "c")
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "c")))
+    root = zarr.open_group(repository.readonly_session(snapshot_id=corpus.snapshot).store, mode="r")
+    for row in range(3):
+        start, length = (int(root[f"index/{name}"][row]) for name in ("offset", "length"))
+        data = root[f"segments/{int(root['index/segment'][row])}"][start : start + length]
+        np.testing.assert_array_equal(data, corpus._read(row, 0, length))
+        assert data[:4].tobytes() == b"RBMP"
 
 
 def test_an_exception_drops_what_was_not_committed(tmp_path):

@@ -67,7 +67,9 @@ def test_weighted_sum():
     assert losses.success.item() == pytest.approx(LN2 / 2)
     assert losses.total.item() == pytest.approx(2 * math.log(10) + 3 * LN2 / 2 + 5 * LN2)
     with pytest.raises(ValueError, match="with pairs"):
-        reward_losses(RewardOutput(torch.zeros(1, 10), torch.zeros(1), None, None), targets, Counts(1, 1, 0, 1), LossWeights())
+        reward_losses(
+            RewardOutput(torch.zeros(1, 10), torch.zeros(1), None, None), targets, Counts(1, 1, 0, 1), LossWeights()
+        )
 
 
 def test_a_class_without_supervision_gives_zero_and_no_nan():

@@ -16,7 +16,9 @@ BOTH = torch.tensor([[0, 1]])
 
 def make(**options) -> RewardModel:
     torch.manual_seed(1)
-    return RewardModel(NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2), context_frames=8, **options).eval()
+    return RewardModel(
+        NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2), context_frames=8, **options
+    ).eval()
 
 
 def clip(model: RewardModel, n: int, seed: int) -> torch.Tensor:
@@ -119,7 +121,9 @@ def test_calibration_is_applied_and_saved(tmp_path):
     assert (again.success_temperature, again.success_bias) == (2.0, -1.0)
 
 
-@pytest.mark.parametrize("options", [{}, {"preference": "joint"}, {"pair": "causal", "preference": "joint"}, {"target": "clip_relative"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"preference": "joint"}, {"pair": "causal", "preference": "joint"}, {"target": "clip_relative"}]
+)
 def test_a_round_trip_changes_no_number(tmp_path, options):
     model = make(**options)
     model.save_pretrained(str(tmp_path / "mit Leerzeichen ü"))
@@ -140,8 +144,8 @@ def test_meaningless_options_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make(**options)
+    joint = make(preference="joint")
     with pytest.raises(ValueError, match="exactly one pair"):
-        joint = make(preference="joint")
         scores(joint, [(clip(joint, 2, seed), TASK) for seed in range(3)], BOTH)
 
 
@@ -181,6 +185,13 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path, tiny_checkpoint):
     description["model"]["backbone"]["type"] = "giant"
     path.write_text(json.dumps(description))
     refused(folder, "'giant' does not exist here; there are: nano")
-    description["model"]["backbone"] = {"type": "nano", "hidden": 64, "width": 8, "image_size": 32, "layers": 2, "heads": 2}
+    description["model"]["backbone"] = {
+        "type": "nano",
+        "hidden": 64,
+        "width": 8,
+        "image_size": 32,
+        "layers": 2,
+        "heads": 2,
+    }
     path.write_text(json.dumps(description))
     refused(folder, "has shape")

@@ -45,12 +45,18 @@ def columns(n: int = 60, seed: int = 0, graded: bool = False, dense: bool = Fals
         done_known=rng.random(n) < 0.7,
         messy=success & (rng.random(n) < 0.4),
         dense=np.full(n, dense),
-        partial_success=np.where(success, 1, rng.random(n)).astype(np.float32) if graded else np.full(n, np.nan, np.float32),
+        partial_success=np.where(success, 1, rng.random(n)).astype(np.float32)
+        if graded
+        else np.full(n, np.nan, np.float32),
     )
 
 
 def sampler(seed: int = 3, numbers=None, **options) -> Sampler:
-    return Sampler(Table.of(columns(graded="weights" in options and "grade" in options["weights"]), TASKS, numbers), seed, **options)
+    return Sampler(
+        Table.of(columns(graded="weights" in options and "grade" in options["weights"]), TASKS, numbers),
+        seed,
+        **options,
+    )
 
 
 def test_a_failure_is_never_preferred_to_a_success_of_its_task():
@@ -127,7 +133,9 @@ def test_grades_lie_apart():
 def test_default_mixture_has_its_shares():
     draws = sampler()
     pairs = [draws.pair(index) for index in range(3000)]
-    share = {name: sum(pair.strategy == name for pair in pairs) / len(pairs) for name in ("outcome", "wrong_task", "rewind")}
+    share = {
+        name: sum(pair.strategy == name for pair in pairs) / len(pairs) for name in ("outcome", "wrong_task", "rewind")
+    }
     assert share["wrong_task"] >= 0.25
     assert share["outcome"] == pytest.approx(1 / 3, abs=0.04)
     assert share["rewind"] == pytest.approx(1 / 6, abs=0.04)

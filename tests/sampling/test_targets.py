@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from rbm.sampling.targets import Outcome, clip_targets, progress_line
 from rbm.trajectory import Quality
 
-SUCCESS = Outcome(Quality.SUCCESSFUL.rank, n_frames=9, done=4, done_known=True, messy=False, partial_success=float("nan"))
+SUCCESS = Outcome(
+    Quality.SUCCESSFUL.rank, n_frames=9, done=4, done_known=True, messy=False, partial_success=float("nan")
+)
 
 
 def outcome(**changes):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from rbm.model.batch import ClipBatch
 
-
 Preprocessor = Callable[[NDArray[np.uint8]], Tensor]
 """uint8 (T, H, W, 3) of any size -> uint8 (T, h, w, 3) as the model takes it. Holds no weights and can be pickled,
 so that loader processes preprocess without the model."""
@@ -49,13 +48,14 @@ class States:
 class Backbone(nn.Module, ABC):
     """Instructions and frames in, hidden states out. Constructor arguments are plain values: they are stored."""
 
-    type: ClassVar[str]
+    name: ClassVar[str]
+    """Its key in `BACKBONES`, stored with the weights."""
     hidden: int
     """d, the width of the hidden states."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able: `type(backbone)(**config)` is the same architecture."""
+        """The constructor's arguments, JSON-able: `BACKBONES[name](**config)` is the same architecture."""
 
     @property
     @abstractmethod

@@ -113,7 +113,7 @@ class NanoBackbone(Backbone):
         dropout: in the transformer, while training.
     """
 
-    type = "nano"
+    name = "nano"
 
     def __init__(
         self,
