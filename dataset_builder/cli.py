@@ -16,7 +16,7 @@ def build(overrides: tuple[str, ...], show: bool) -> None:
 
     \b
     Examples:
-      rbm build source=videos source.table=demos.csv corpus=data/mine
+      rbm build source=videos source.manifest=demos.csv corpus=data/mine
       rbm build source=metaworld 'source.envs=[drawer-open-v3,door-close-v3]' corpus=data/sim
       rbm build source=metaworld --cfg          every key there is
     The simulator needs `make sim` (pip install 'robot-rbm[sim]').
@@ -28,7 +28,7 @@ def build(overrides: tuple[str, ...], show: bool) -> None:
     from rbm.errors import UserError
 
     config = compose("build", overrides)
-    if config.source is None:
+    if config.get("source") is None:
         raise UserError("say where trajectories come from: source=videos or source=metaworld (see rbm build --help)")
     if show:
         click.echo(OmegaConf.to_yaml(config))

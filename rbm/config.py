@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rbm.errors import UserError
 
@@ -40,9 +40,11 @@ def instantiate(config: DictConfig, **more: Any) -> Any:
     """
     try:
         return hydra_instantiate(config, _convert_="all", **more)
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"the configuration needs a value for {error.full_key}: give it as key=value") from error
         raise UserError(f"configuration of {config.get('_target_')}: {_sentence(error)}") from error
 
 
@@ -54,9 +56,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _sentence(error: Exception) -> str:
+    """One line of an error of Hydra's, without its search path; the cause alone where there is one."""
     cause = error.__cause__
-    text = f"{error} {cause}" if cause is not None and str(cause) not in str(error) else str(error)
-    words = " ".join(text.split())
-    if "Could not override" in words and "Key" in words:
-        words += " (see the keys with --cfg)"
-    return words
+    if cause is not None and str(cause) and not isinstance(cause, OmegaConfBaseException):
+        return " ".join(str(cause).split())
+    words = " ".join(str(error).split()).split(" Config search path")[0]
+    if "Could not override" in words:
+        words = words.split(". To append")[0] + ": no such key; --cfg prints those that there are"
+    return words.replace(" Available options in", "; there are, in")

@@ -44,10 +44,10 @@ except ImportError:  # no wheel for this machine
 else:
     decord.logging.set_level(decord.logging.QUIET)  # its FFmpeg writes to stderr what we raise as errors
 
-_DECODE_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, RuntimeError, EOFError)
+# RuntimeError is decord's, IndexError PyAV's for packets of a stream that the header does not name.
+_DECODE_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, RuntimeError, EOFError, IndexError, StopIteration)
 if decord is not None:
     _DECODE_ERRORS += (decord.DECORDError,)
-_CLIP_ERRORS: tuple[type[Exception], ...] = (*_DECODE_ERRORS, IndexError)
 
 Frames = NDArray[np.uint8]
 
@@ -100,7 +100,8 @@ def encode_video(
     """Writes frames, uint8 (H, W, 3) each, as H.264 in mp4: a key frame every `gop` frames, no B-frames.
 
     Frames may come one by one from a generator. Odd heights and widths grow by one edge row or column, which
-    `decode_clip(…, size=…)` cuts off again. One thread gives the same bytes on any machine.
+    `decode_clip(…, size=…)` cuts off again. With one thread, sizes that are multiples of 16 give the same bytes
+    every time; with others x264 now and then reads past the edge of the picture.
 
     Raises:
         UserError: there is no frame, or the file cannot be written (the disk is full, the folder is missing);
@@ -143,8 +144,8 @@ def decode_clip(data: bytes, indices: ArrayLike | None = None, size: tuple[int, 
     """
     wanted = None if indices is None else np.asarray(indices, np.int64)
     try:
-        frames = _decode_decord(data, wanted) if decord is not None else _decode_pyav(data, wanted)
-    except _CLIP_ERRORS as error:
+        frames = _decode_pyav(data, wanted) if decord is None else _decode_decord(data, wanted)
+    except _DECODE_ERRORS as error:
         raise UserError(f"cannot decode the clip: {_reason(error)}") from error
     return frames if size is None else frames[:, : size[0], : size[1]]
 
@@ -177,7 +178,7 @@ class VideoFile:
         try:
             self._index()
             first = next(self._stream_pyav(np.zeros(1, np.int64)))
-        except (av.error.FFmpegError, EOFError, StopIteration) as error:
+        except _DECODE_ERRORS as error:
             raise UserError(f"{self.path}: no frame of it can be decoded; is it a video, and whole?") from error
         self.height, self.width = first.shape[:2]
         self._decord = self._open_decord()
@@ -393,7 +394,10 @@ def _pixels(frame: av.VideoFrame) -> Frames:
 
 def _decode_decord(data: bytes, indices: NDArray[np.int64] | None) -> Frames:
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-    return reader.get_batch(range(len(reader)) if indices is None else indices.tolist()).asnumpy()
+    try:
+        return reader.get_batch(range(len(reader)) if indices is None else indices.tolist()).asnumpy()
+    except decord.DECORDError:  # damage, or a picture less than 17 wide, which it cannot copy
+        return _decode_pyav(data, indices)
 
 
 def _decode_pyav(data: bytes, indices: NDArray[np.int64] | None) -> Frames:
@@ -447,7 +451,7 @@ def _announced_size(file: BinaryIO, size: int) -> int:
         if length == 1:
             length = int.from_bytes(box[8:16], "big")
         has_index |= kind == b"moov"
-        if at + length > size and kind in (b"moov", b"mdat", b"moof"):
+        if at + length > size and kind in (b"moov", b"mdat", b"moof", b"mfra"):
             return at + length
         if length < 8:  # 0: up to the end of the file
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +52,10 @@ def clone_policy(
     rng = np.random.default_rng(seed)
     sizes = (inputs.shape[1], _HIDDEN, _HIDDEN, targets.shape[1])
     parameters: list[torch.Tensor] = []
-    for wide, narrow in zip(sizes[:-1], sizes[1:], strict=True):
+    for wide, narrow in pairwise(sizes):
         weight = rng.standard_normal((narrow, wide)) / np.sqrt(wide)
-        parameters += [torch.tensor(weight, requires_grad=True), torch.zeros(narrow, dtype=torch.float64, requires_grad=True)]
+        bias = torch.zeros(narrow, dtype=torch.float64, requires_grad=True)
+        parameters += [torch.tensor(weight, requires_grad=True), bias]
     x, y = torch.tensor((inputs - mean) / scale), torch.tensor(targets)
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
     stages: list[ClonedPolicy] = []

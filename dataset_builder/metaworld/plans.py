@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ class Robot:
         rng: the attempt's own generator.
         usual: steps a clean expert needs for this task.
         obs: float64 (39,), the present observation.
+        first_object: float64 (3,), where the object stood at the start.
         progress: the present dense label.
         path: hand positions (3,) so far; efforts: gripper efforts so far.
     """
@@ -43,6 +45,7 @@ class Robot:
     rng: np.random.Generator
     usual: int
     obs: NDArray[np.float64]
+    first_object: NDArray[np.float64]
     progress: float = 0.0
     path: list[NDArray[np.float64]] = field(default_factory=list)
     efforts: list[float] = field(default_factory=list)
@@ -82,13 +85,22 @@ class Robot:
         return self.shaken(np.array([*velocity, effort]))
 
 
+class Aim(StrEnum):
+    """What a plan is meant to end in; how it does end is another matter."""
+
+    CLEAN = "clean success"
+    MESSY = "messy success"
+    NO_SUCCESS = "no success"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A named intent. `clean`: a success under this plan counts as a clean one."""
+    """A named intent. `long`: it does a thing and takes it back, and so gets one of the task's longer lengths."""
 
     name: str
     script: Callable[[Robot], Script]
-    clean: bool = False
+    aim: Aim
+    long: bool = False
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -147,7 +159,9 @@ def _rewind_path(robot: Robot, steps: int) -> Script:
         yield robot.towards(point, effort)
 
 
-def _wander(robot: Robot, centre: Callable[[], NDArray[np.float64]], radius: float, effort: float | None = None) -> Script:
+def _wander(
+    robot: Robot, centre: Callable[[], NDArray[np.float64]], radius: float, effort: float | None = None
+) -> Script:
     while True:
         point = centre() + robot.rng.uniform(-radius, radius, 3) + np.array([0.0, 0.0, 0.5 * radius])
         grip = float(robot.rng.choice([OPEN, CLOSED])) if effort is None else effort
@@ -285,6 +299,21 @@ def undo(robot: Robot) -> Script:
     yield from _hold(robot, sway=0.01)
 
 
+def push_back(robot: Robot) -> Script:
+    """Moves the object part of the way, goes round it, and pushes it back from the far side."""
+    yield from _expert(robot, _at(robot, robot.rng.uniform(0.35, 0.92)))
+    height = max(float((robot.hand - robot.object)[2]), -0.02)
+    yield from _hold_open(robot, 3)
+    way = robot.first_object - robot.object
+    way /= max(float(np.linalg.norm(way)), 1e-6)
+    far = robot.object - robot.rng.uniform(0.07, 0.11) * way + np.array([0.0, 0.0, height])
+    yield from _go(robot, robot.hand + np.array([0.0, 0.0, 0.12]), 25, effort=CLOSED)
+    yield from _go(robot, far + np.array([0.0, 0.0, 0.12]), 40, effort=CLOSED)
+    yield from _go(robot, far, 30, effort=CLOSED)
+    yield from _go(robot, robot.first_object + 0.03 * way + np.array([0.0, 0.0, height]), 80, effort=CLOSED)
+    yield from _hold(robot, sway=0.01)
+
+
 def freeze(robot: Robot) -> Script:
     yield from _expert(robot, _at(robot, robot.rng.uniform(0.05, 0.24)), steps=int(0.7 * robot.usual))
     yield from _hold(robot, sway=robot.rng.uniform(0.0, 0.015))
@@ -351,14 +380,15 @@ def _babble(robot: Robot, size: float) -> Script:
 PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
-        Plan("clean", clean, clean=True),
-        *(Plan(f.__name__, f) for f in (pause, detour, overshoot, retry, undo_retry, clumsy)),
-        *(Plan(f.__name__, f) for f in (stop_part, leave_part, near_miss, drop, wrong_place, stutter_part)),
-        *(Plan(f.__name__, f) for f in (miss, no_grip, undo, freeze, drift, hover)),
-        *(Plan(f.__name__, f) for f in (wrong_object, go_elsewhere, random)),
-        *(Plan(f"clone_{stage}", _clone(i)) for i, stage in enumerate(("early", "middle", "late"))),
+        Plan("clean", clean, Aim.CLEAN),
+        *(Plan(f.__name__, f, Aim.MESSY) for f in (pause, detour, overshoot, retry, undo_retry, clumsy)),
+        *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (stop_part, leave_part, near_miss, drop, wrong_place)),
+        *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (stutter_part, miss, no_grip, freeze)),
+        *(Plan(f.__name__, f, Aim.NO_SUCCESS, long=True) for f in (undo, push_back)),
+        *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (drift, hover, wrong_object, go_elsewhere, random)),
+        *(Plan(f"clone_{stage}", _clone(i), Aim.NO_SUCCESS) for i, stage in enumerate(("early", "middle", "late"))),
     )
 }
 
-MESSY = ("pause", "detour", "overshoot", "retry", "undo_retry", "clumsy")
+MESSY = tuple(name for name, plan in PLANS.items() if plan.aim is Aim.MESSY)
 """Plans that mean to succeed after all: the task's usual lengths are drawn from these and from clean ones."""

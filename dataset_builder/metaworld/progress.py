@@ -13,9 +13,7 @@ object moves, but at most 0.25: an attempt that hovers at the handle and moves n
 however long the approach takes. In tasks without an object (reach) s = 0.
 
 The weights and maps are fitted per task on clean rollouts with a seed of their own, so that labels
-mean the same in every corpus. How well the label orders the frames of clean successes that the fit
-never saw (`voc`, Spearman's rank correlation of label and time) is measured by
-`python -m dataset_builder.metaworld.progress`.
+mean the same in every corpus.
 """
 
 from __future__ import annotations
@@ -119,9 +117,7 @@ def fit_progress(demonstrations: Sequence[Sequence[Snapshot]]) -> ProgressLabel:
     weights, _ = nnls(features, time)
     weights = weights / weights.sum() if weights.sum() > 0 else np.full(4, 0.25)
     knots, values = _isotonic_knots(features @ weights, time)
-    return ProgressLabel(
-        share, np.array(points), np.array(point_times), base_reward, mean_goal, weights, knots, values
-    )
+    return ProgressLabel(share, np.array(points), np.array(point_times), base_reward, mean_goal, weights, knots, values)
 
 
 def _signals(now: Snapshot) -> NDArray[np.float64]:
@@ -129,9 +125,7 @@ def _signals(now: Snapshot) -> NDArray[np.float64]:
     return np.array([now.reward, now.in_place, -now.distance, -gap])
 
 
-def _scaled(
-    signals: NDArray[np.float64], base: NDArray[np.float64], goal: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _scaled(signals: NDArray[np.float64], base: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
     span = goal - base
     usable = np.abs(span) > 1e-3
     return np.where(usable, np.clip((signals - base) / np.where(usable, span, 1.0), -0.5, 1.0), 0.0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataset_builder.metaworld.cloning import ClonedPolicy, clone_policy
-from dataset_builder.metaworld.plans import MESSY, PLANS, Plan, Policy, Robot
+from dataset_builder.metaworld.plans import MESSY, PLANS, Aim, Plan, Policy, Robot
 from dataset_builder.metaworld.progress import ProgressLabel, fit_progress
 from dataset_builder.metaworld.simulator import Simulator, Snapshot
 from rbm.errors import UserError
@@ -152,34 +152,45 @@ class Study:
             self._clones = clone_policy(observations, [actions for _, actions in self.demonstrations], self._seed[1])
         return self._clones
 
-    def attempt(self, seed: int, index: int, draw_plan: Callable[[np.random.Generator], str]) -> Attempt:
-        """Attempt number `index`: a pure function of the arguments and the task."""
+    def attempt(
+        self,
+        seed: int,
+        index: int,
+        draw_plan: Callable[[np.random.Generator], Plan],
+        unwanted: Collection[Aim] = (),
+    ) -> Attempt | None:
+        """Attempt number `index`: a pure function of the arguments and the task; None if its plan's aim is unwanted."""
         rng = np.random.default_rng([seed, self._seed[1], index])
-        plan = PLANS[draw_plan(rng)]
-        length = int(rng.choice(self.lengths))
+        plan = draw_plan(rng)
+        if plan.aim in unwanted:
+            return None
+        fitting = self.lengths >= np.quantile(self.lengths, 2 / 3) if plan.long else np.ones(len(self.lengths), bool)
+        length = int(rng.choice(self.lengths[fitting]))
         return self._run(plan, rng, length)
 
+    def length_class(self, attempt: Attempt) -> int:
+        """0, 1 or 2: short, middling or long among this task's usual lengths, a third of them each."""
+        return int(np.searchsorted(np.quantile(self.lengths, [1 / 3, 2 / 3]), len(attempt)))
+
     def _run(self, plan: Plan, rng: np.random.Generator, length: int) -> Attempt:
-        """Steps until `length`, or for a random tail after the first success. A plan that means to succeed gets its time."""
-        limit = LONGEST if plan.clean or plan.name in MESSY else length
+        """Steps until `length`, or for a random tail after the first success; who means to succeed gets the time."""
+        limit = length if plan.aim is Aim.NO_SUCCESS else LONGEST
         tail = int(rng.integers(TAIL[0], TAIL[1] + 1))
         holds = bool(rng.random() < 0.7)
         start = self.simulator.reset(int(rng.integers(2**31)))
-        robot = Robot(self.simulator.expert(), self.clones, rng, self.usual, start.obs)
+        robot = Robot(self.simulator.expert(), self.clones, rng, self.usual, start.obs, start.obs[4:7].copy())
         robot.gain, robot.tremble = rng.uniform(0.75, 1.0), rng.uniform(0.0, 0.15)
         script = plan.script(robot)
         now, done = start, None
         snapshots, actions = [], []
-        rest: NDArray[np.float64] | None = None
         for step in range(LONGEST):
             robot.obs, robot.progress = now.obs, self.label.at(start, now)
             robot.path.append(now.hand.copy())
             if done is None and now.success:
                 done = step
             if done is not None and holds:
-                # the object is where it should be: most people stop there, and some experts spoil it going on
-                rest = robot.hand if rest is None else rest
-                action = robot.towards(rest, robot.effort)
+                # some experts spoil it going on; the arm's target stays where it is, so what is pressed stays pressed
+                action = robot.shaken(np.array([0.0, 0.0, 0.0, robot.effort]))
             else:
                 action = next(script)
             robot.efforts.append(float(action[3]))
@@ -193,7 +204,7 @@ class Study:
         success = np.array([moment.success for moment in kept])
         progress = self.label.over(kept).astype(np.float32)
         quality, why = self.judge.outcome(success, progress)
-        messy = quality is Quality.SUCCESSFUL and (not plan.clean or (done or 0) > 1.35 * self.usual)
+        messy = quality is Quality.SUCCESSFUL and (plan.aim is not Aim.CLEAN or (done or 0) > 1.35 * self.usual)
         done = done if quality is Quality.SUCCESSFUL else None
         return Attempt(plan.name, kept, np.array(actions[:keep]), progress, quality, why, done, messy)
 

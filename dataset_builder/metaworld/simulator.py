@@ -109,7 +109,7 @@ class Simulator:
         # set_task freezes the scene at `rand_vec`; here every reset draws its own from the seeded generator
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
-        self._expert_class = ENV_POLICY_MAP[key]
+        self._expert_class: Any = ENV_POLICY_MAP[key]
         self._renderers: dict[int, Any] = {}
 
     def expert(self) -> Any:

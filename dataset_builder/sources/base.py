@@ -44,7 +44,7 @@ class Episode:
         for view, clip in self.frames.items():
             if clip.shape != shape or clip.dtype != np.uint8:
                 raise ValueError(
-                    f"trajectory {record.id!r}: view {view!r} is {clip.dtype} {clip.shape}, the record says uint8 {shape}"
+                    f"trajectory {record.id!r}: view {view!r} is {clip.dtype} {clip.shape}, its record says {shape}"
                 )
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_builder.metaworld.plans import PLANS
+from dataset_builder.metaworld.plans import PLANS, Aim, Plan
 from dataset_builder.metaworld.rollout import Attempt, Judge, Study
 from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, did_you_mean, load_metaworld
 from dataset_builder.metaworld.tasks import MT10, TASKS
@@ -38,7 +38,7 @@ DEFAULT_PLANS: dict[str, float] = {
     "clean": 5,
     **dict.fromkeys(("pause", "detour", "overshoot", "retry", "undo_retry", "clumsy"), 1.0),
     **dict.fromkeys(("stop_part", "leave_part", "near_miss", "drop", "wrong_place", "stutter_part"), 1.2),
-    **dict.fromkeys(("miss", "undo", "hover", "drift", "freeze", "go_elsewhere"), 0.8),
+    **dict.fromkeys(("miss", "undo", "push_back", "hover", "drift", "freeze", "go_elsewhere"), 0.8),
     **dict.fromkeys(("no_grip", "wrong_object", "random"), 0.5),
     **dict.fromkeys(("clone_early", "clone_middle", "clone_late"), 0.6),
 }
@@ -47,13 +47,28 @@ DEFAULT_PLANS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a quota counts: an outcome, successes split into clean and messy."""
+    """What a quota counts: an outcome, successes split into clean and messy, the others into thirds by length.
+
+    Who is cut off early fails more often: without the thirds a trajectory's length would tell its outcome.
+    """
 
     quality: Quality
     messy: bool = False
+    length_class: int = 0
 
     def __str__(self) -> str:
-        return f"{'messy ' if self.messy else ''}{self.quality.value}"
+        if self.quality is Quality.SUCCESSFUL:
+            return "messy successful" if self.messy else "clean successful"
+        return f"{('short', 'middling', 'long')[self.length_class]} {self.quality.value}"
+
+
+@dataclass
+class _Ledger:
+    """What one walk over a unit still wants, how many attempts it ran, and what it left out for which reason."""
+
+    wanted: dict[_Slot, int]
+    tried: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class Metaworld:
@@ -88,7 +103,7 @@ class Metaworld:
         size: int = 96,
         seed: int = 0,
         first_index: int = 0,
-        max_attempts: int = 1_500,
+        max_attempts: int = 1_200,
         plans: Mapping[str, float] | None = None,
         arrays: Sequence[str] = (),
         suboptimal_from: float = 0.40,
@@ -145,39 +160,67 @@ class Metaworld:
     def units(self) -> list[str]:
         return list(self._envs)
 
-    def attempts(self, unit: str) -> Iterator[tuple[int, Attempt]]:
-        """Labelled attempts without pixels, from `first_index` on: what quotas choose from."""
+    def attempts(self, unit: str, unwanted: Collection[Aim] = ()) -> Iterator[tuple[int, Attempt]]:
+        """Labelled attempts without pixels, from `first_index` on: what quotas choose from.
+
+        Plans whose aim is in `unwanted` (looked at anew for every index) are passed over.
+        """
         study = self._studied(unit)
         for index in range(self._first, self._first + self._most):
-            yield index, study.attempt(self._seed, index, self._draw_plan)
+            attempt = study.attempt(self._seed, index, self._draw_plan, unwanted)
+            if attempt is not None:
+                yield index, attempt
+
+    def chosen(self, unit: str) -> Iterator[tuple[int, Attempt]]:
+        """The attempts that fill the quotas, without pixels, in order of index."""
+        return self._choose(unit, _Ledger(dict(self._quotas)))
 
     def collect(self, unit: str, skip: set[str]) -> Iterator[Episode | Skipped]:
-        """The attempts that fill the quotas, in order of index, less those in `skip`; then what was left out."""
-        wanted = dict(self._quotas)
-        left_out: Counter[str] = Counter()
-        tried = 0
-        if any(wanted.values()):
-            for index, attempt in self.attempts(unit):
-                tried += 1
-                if attempt.quality is None:
-                    left_out[attempt.why] += 1
-                    continue
-                slot = _Slot(attempt.quality, attempt.messy)
-                if not wanted[slot]:
-                    continue
-                wanted[slot] -= 1
-                identity = f"{self.name}/{unit}/{self._seed}-{index:05d}"
-                if identity not in skip:
-                    yield self._episode(unit, identity, index, attempt)
-                if not any(wanted.values()):
-                    break
-        for why, count in sorted(left_out.items()):
-            yield Skipped(f"{self.name}/{unit}: {count} of {tried} attempts", why)
-        for slot, missing in wanted.items():
+        """The chosen attempts less those in `skip`, then what was left out and which quotas stayed open."""
+        ledger = _Ledger(dict(self._quotas))
+        for index, attempt in self._choose(unit, ledger):
+            identity = f"{self.name}/{unit}/{self._seed}-{index:05d}"
+            if identity not in skip:
+                yield self._episode(unit, identity, index, attempt)
+        for why, count in sorted(ledger.left_out.items()):
+            yield Skipped(f"{self.name}/{unit}: {count} of {ledger.tried} attempts", why)
+        for slot, missing in ledger.wanted.items():
             if missing:
-                message = f"found {self._quotas[slot] - missing} of {self._quotas[slot]} {slot} in {tried} attempts"
+                asked = self._quotas[slot]
+                message = f"found {asked - missing} of {asked} {slot} in {ledger.tried} attempts"
                 logger.warning("%s/%s: %s", self.name, unit, message)
                 yield Skipped(f"{self.name}/{unit}: {message}", "quota not filled")
+
+    def _choose(self, unit: str, ledger: _Ledger) -> Iterator[tuple[int, Attempt]]:
+        """Walks the attempts until the quotas are full. The last one's scene stays in the simulator for rendering."""
+        wanted = ledger.wanted
+        unwanted = _full_aims(wanted)
+        if not any(wanted.values()):
+            return
+        for index, attempt in self.attempts(unit, unwanted):
+            ledger.tried += 1
+            if attempt.quality is None:
+                ledger.left_out[attempt.why] += 1
+                continue
+            # where one third stays empty for long, any length will do rather than none
+            slot = self._slot(unit, attempt, wanted, strict=index - self._first < self._most / 2)
+            if slot is None:
+                continue
+            wanted[slot] -= 1
+            yield index, attempt
+            if not any(wanted.values()):
+                return
+            unwanted |= _full_aims(wanted)
+
+    def _slot(self, unit: str, attempt: Attempt, wanted: Mapping[_Slot, int], strict: bool) -> _Slot | None:
+        assert attempt.quality is not None
+        if attempt.quality is Quality.SUCCESSFUL:
+            slots = [_Slot(attempt.quality, attempt.messy)]
+        else:
+            own = self._studied(unit).length_class(attempt)
+            slots = [_Slot(attempt.quality, False, own)]
+            slots += [] if strict else [_Slot(attempt.quality, False, other) for other in range(3)]
+        return next((slot for slot in slots if wanted[slot]), None)
 
     def _episode(self, unit: str, identity: str, index: int, attempt: Attempt) -> Episode:
         picked = pick_frames(len(attempt), MAX_STORED_FRAMES)
@@ -211,8 +254,8 @@ class Metaworld:
             self._study = (unit, Study(unit, self._judge))
         return self._study[1]
 
-    def _draw_plan(self, rng: np.random.Generator) -> str:
-        return self._plan_names[int(rng.choice(len(self._plan_names), p=self._plan_odds))]
+    def _draw_plan(self, rng: np.random.Generator) -> Plan:
+        return PLANS[self._plan_names[int(rng.choice(len(self._plan_names), p=self._plan_odds))]]
 
 
 def _array(attempt: Attempt, key: str) -> NDArray[Any]:
@@ -236,7 +279,7 @@ def _chosen(envs: Sequence[str] | str, exclude: Sequence[str]) -> tuple[str, ...
             raise UserError(f"unknown Meta-World environment {name!r}: {did_you_mean(name, list(TASKS))}")
     left = tuple(dict.fromkeys(name for name in chosen if name not in exclude))
     if not left:
-        raise UserError("envs and exclude leave no Meta-World environment: name at least one, or \"all\" or \"mt10\"")
+        raise UserError('envs and exclude leave no Meta-World environment: name at least one, or "all" or "mt10"')
     return left
 
 
@@ -253,9 +296,24 @@ def _quotas(per_quality: Mapping[str, int], messy_share: float) -> dict[_Slot, i
     return {
         _Slot(Quality.SUCCESSFUL): successes - messy,
         _Slot(Quality.SUCCESSFUL, True): messy,
-        _Slot(Quality.SUBOPTIMAL): int(per_quality.get("suboptimal", 0)),
-        _Slot(Quality.FAILURE): int(per_quality.get("failure", 0)),
+        **{
+            _Slot(quality, False, third): (int(per_quality.get(quality.value, 0)) + 2 - third) // 3
+            for quality in (Quality.SUBOPTIMAL, Quality.FAILURE)
+            for third in range(3)
+        },
     }
+
+
+def _full_aims(wanted: Mapping[_Slot, int]) -> set[Aim]:
+    """Aims of plans that need not be run any more: nearly all that they give is no longer wanted."""
+    full = set()
+    if not wanted[_Slot(Quality.SUCCESSFUL, True)]:
+        full.add(Aim.MESSY)
+        if not wanted[_Slot(Quality.SUCCESSFUL)]:
+            full.add(Aim.CLEAN)
+    if not any(count for slot, count in wanted.items() if slot.quality is not Quality.SUCCESSFUL):
+        full.add(Aim.NO_SUCCESS)
+    return full
 
 
 def _version() -> str:

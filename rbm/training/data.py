@@ -188,6 +188,7 @@ class PairDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        Share(pairs_per_step, micro_batches)  # refused now rather than after the workers have started
         self.corpus = Corpus.open(corpus or bundled_corpus(), snapshot)
         self.split: Split = split_corpus(
             self.corpus, heldout_tasks, heldout_per_quality, validation_per_quality, split_seed

@@ -53,7 +53,7 @@ def train(config: DictConfig) -> Path:
     folder = Path(config.run_dir)
     finished = folder / MODEL_FOLDER
     try:
-        _claim(folder, config)
+        _check_claim(folder, config)
         if (finished / "config.json").exists():
             console.print(f"{folder} is finished; its model is {finished}")
             return finished
@@ -74,6 +74,7 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     model = RewardModel.from_pretrained(config.init).train() if config.init else instantiate(config.model)
     data: PairDataModule = instantiate(config.data, model=model)
     module: RewardModule = instantiate(config.optimization, model=model)
+    _claim(folder, config)  # not before all that could be refused has been made
     facts = {
         "version": rbm.__version__,
         "revision": git_revision(),
@@ -143,14 +144,20 @@ def _trainer(
 
 
 def _claim(folder: Path, config: DictConfig) -> None:
-    """Make the run folder, or check that it belongs to the same configuration."""
+    """Make the run folder, with its configuration."""
     path = folder / "config.yaml"
-    text = OmegaConf.to_yaml(config)
+    if path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(OmegaConf.to_yaml(config))
+    os.replace(part, path)
+
+
+def _check_claim(folder: Path, config: DictConfig) -> None:
+    """Check that a run folder, if it is there, belongs to the same configuration."""
+    path = folder / "config.yaml"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(text)
-        os.replace(part, path)
         return
     before = plain(OmegaConf.load(path))  # type: ignore[arg-type]
     now = plain(config)

@@ -78,10 +78,9 @@ def contents(path: Path) -> list[tuple[str, bytes]]:
 EXPECTED = [f"slides/{unit}/{number}" for unit in range(5) for number in (0, 1, 3)]
 
 
-@pytest.mark.parametrize("codec", ["jpeg", "h264"])
-def test_the_same_corpus_with_any_number_of_workers(tmp_path, codec):
-    one = build(Slides(), tmp_path / "one", codec, workers=1, progress=False)
-    three = build(Slides(seconds=0.01), tmp_path / "three", codec, workers=3, buffer_bytes=1, progress=False)
+def test_the_same_corpus_with_any_number_of_workers(tmp_path):
+    one = build(Slides(), tmp_path / "one", "h264", workers=1, progress=False)
+    three = build(Slides(seconds=0.01), tmp_path / "three", "h264", workers=3, buffer_bytes=1, progress=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert [id for id, _ in contents(tmp_path / "one")] == EXPECTED
     assert one.added == three.added

@@ -1,0 +1,79 @@
+"""`rbm score`, `rbm compare`, `rbm rank` as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from rbm.cli import cli
+from rbm.scoring import Scorer
+from rbm.video import VideoFile
+
+
+def run(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def usual(checkpoints: dict[str, Path]) -> list[str | Path]:
+    return ["--task", "push the square", "--checkpoint", checkpoints["utility"], "--device", "cpu"]
+
+
+def test_score_writes_everything_asked_for(tmp_path: Path, video_path: Path, usual: list[str | Path]) -> None:
+    outputs = {name: tmp_path / f"scores.{name}" for name in ("json", "png", "mp4")}
+    result = run(
+        "score", video_path, *usual, "--json", outputs["json"], "--plot", outputs["png"], "--video", outputs["mp4"]
+    )
+    assert "20 of 64 scored frames" in result.stdout
+    assert "at the end: progress" in result.stdout
+    content = json.loads(outputs["json"].read_text())
+    assert content["task"] == "push the square"
+    (entry,) = content["videos"]
+    assert entry["video"] == str(video_path)
+    expected = Scorer.from_pretrained(usual[3], device="cpu").score(video_path, "push the square", every=1)
+    np.testing.assert_allclose(entry["progress"], expected.progress, atol=1e-5)
+    np.testing.assert_allclose(entry["success"], expected.success, atol=1e-5)
+    assert entry["frame_index"] == expected.frame_index.tolist()
+    assert VideoFile(outputs["mp4"]).n_frames == 90
+    assert sorted(tmp_path.iterdir()) == sorted(outputs.values())
+
+
+def test_json_on_the_standard_output_is_alone_there(video_path: Path, usual: list[str | Path]) -> None:
+    result = run("score", video_path, video_path, *usual, "--every", "9", "--json", "-")
+    content = json.loads(result.stdout)
+    assert [len(entry["progress"]) for entry in content["videos"]] == [8, 8]
+    assert "at the end" in result.stderr
+
+
+def test_rows_and_every(video_path: Path, usual: list[str | Path]) -> None:
+    result = run("score", video_path, *usual, "--every", "21", "--rows", "50")
+    assert result.stdout.count("│") == 4 * 7  # frames 0, 21, 42, 63
+    assert "scored frames" not in result.stdout
+
+
+@pytest.mark.parametrize("preference", ["utility", "joint"])
+def test_compare_and_rank(tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], preference: str) -> None:
+    other = tmp_path / "[b] other.mp4"  # brackets are markup to the table's library
+    other.write_bytes(video_path.read_bytes())
+    usual = ["--task", "push", "--checkpoint", checkpoints[preference], "--json"]
+    result = run("compare", video_path, other, *usual, tmp_path / "compare.json")
+    assert "neither is better" in result.stdout
+    assert "[b] other.mp4" in result.stdout.replace("\n", "")
+    assert json.loads((tmp_path / "compare.json").read_text())["p_a_better"] == pytest.approx(0.5, abs=1e-4)
+    run("rank", video_path, other, *usual, tmp_path / "rank.json")
+    content = json.loads((tmp_path / "rank.json").read_text())
+    assert sorted(content["order"]) == [0, 1]
+    assert [entry["video"] for entry in content["ranked"]] == [str([video_path, other][i]) for i in content["order"]]
+
+
+@pytest.mark.parametrize("command", ["score", "compare", "rank"])
+def test_help_has_an_example(command: str) -> None:
+    output = run(command, "--help").stdout
+    assert f"rbm {command} " in output
+    assert "--task" in output
