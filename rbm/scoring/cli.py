@@ -178,7 +178,8 @@ def _attempts(rows: list[tuple[str, str, Scores]], label: str) -> Table:
 
 
 def _write_video(target: Path, video: VideoFile, scores: Scores, out: Console) -> None:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("drawing the video", total=min(video.n_frames, MAX_FRAMES))
         written = write_overlay(target, video, scores, lambda: progress.advance(bar))
     lapse = f" (a time lapse: {written} of {video.n_frames} frames)" if written < video.n_frames else ""

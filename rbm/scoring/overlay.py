@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,6 +99,9 @@ class _Panel:
         self.height = 2 * round(4.5 * self.unit)
         pad = self.unit // 2
         self.box = _Box(pad, round(4.8 * self.unit), width - pad, self.height - pad)
+        font = _font(self.unit)
+        self.title = _cut(scores.task, font, width - 2 * pad - font.getlength("0000.0 / 0000.0 s  "))
+        self.drawn = -1, Image.new("RGB", (0, 0))  # the numbers that were drawn last
         self.ahead = self._curves(faint=True)
         self.behind = self._curves(faint=False)
 
@@ -106,7 +110,9 @@ class _Panel:
         panel = self.ahead.copy()
         cursor = self.box.x(min(1.0, time / self.end))
         panel.paste(self.behind.crop((0, 0, cursor + 1, self.height)), (0, 0))
-        panel.paste(self._numbers(now), (0, 0))
+        if self.drawn[0] != now:
+            self.drawn = now, self._numbers(now)
+        panel.paste(self.drawn[1], (0, 0))
         draw = ImageDraw.Draw(panel)
         draw.line([(cursor, self.box.top), (cursor, self.box.bottom)], fill=_INK, width=max(1, self.unit // 12))
         clock = f"{time:.1f} / {self.end:.1f} s"
@@ -116,8 +122,7 @@ class _Panel:
     def _numbers(self, now: int) -> Image.Image:
         image = Image.new("RGB", (self.width, self.box.top - self.unit // 4), _BACK)
         draw, font, line = ImageDraw.Draw(image), _font(self.unit), self.unit * 1.6
-        room = self.box.right - self.box.left - font.getlength("0000.0 / 0000.0 s  ")
-        draw.text((self.box.left, self.unit * 0.5), _cut(self.scores.task, font, room), fill=_INK, font=font)
+        draw.text((self.box.left, self.unit * 0.5), self.title, fill=_INK, font=font)
         progress, spread = self.scores.progress[now], self.scores.progress_std[now]
         half = (self.box.left + self.box.right) // 2
         y = self.unit * 0.5 + line
@@ -166,6 +171,5 @@ def _cut(text: str, font: FreeTypeFont, room: float) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= room:
         return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"
+    fits = bisect_right(range(len(text)), room, key=lambda length: font.getlength(text[:length] + "…"))
+    return text[: max(0, fits - 1)] + "…"

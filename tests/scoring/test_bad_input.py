@@ -1,4 +1,4 @@
-"""What users get wrong: one line on stderr, exit code 2, nothing half-written. Through the real command."""
+"""What users get wrong: one line on stderr, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 
@@ -7,40 +7,70 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from rbm.cli import main
 from rbm.errors import UserError
 from rbm.scoring import Scorer
 
 
-def rbm(*arguments: str | Path, disk: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The `rbm` command; with `disk`, no file may grow beyond that many bytes, as where the disk is full."""
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
 
-    def limit() -> None:
-        if disk is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
-
-    command = [sys.executable, "-m", "rbm.cli", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    code: int
+    out: str
+    err: str
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+@pytest.fixture
+def rbm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    def run(*arguments: str | Path, disk: int | None = None) -> Done:
+        """The `rbm` command; with `disk`, no file may grow beyond that many bytes, as where the disk is full."""
+        monkeypatch.setattr(sys, "argv", ["rbm", *(str(argument) for argument in arguments)])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        code: object = 0
+        try:
+            if disk is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (disk, hard))
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(done: Done, *words: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    (line,) = done.err.splitlines()
     assert line.startswith("error: ")
     for word in words:
         assert word in line
 
 
-def test_a_missing_video(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_the_command_of_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rbm.cli", "score", str(tmp_path / "a.mp4"), "--task", ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused(Done(done.returncode, done.stdout, done.stderr), "the task (instruction) is empty")
+
+
+def test_a_missing_video(tmp_path: Path, checkpoints: dict[str, Path], rbm: Callable[..., Done]) -> None:
     path = tmp_path / "kein Video.mp4"
     refused(rbm("score", path, "--task", "push", "--checkpoint", checkpoints["utility"]), str(path), "no such file")
 
 
-def test_a_truncated_video(tmp_path: Path, video_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_a_truncated_video(
+    tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], rbm: Callable[..., Done]
+) -> None:
     path, out = tmp_path / "cut.mp4", tmp_path / "out.json"
     path.write_bytes(video_path.read_bytes()[:5000])
     done = rbm("score", path, "--task", "push", "--checkpoint", checkpoints["utility"], "--json", out)
@@ -48,7 +78,7 @@ def test_a_truncated_video(tmp_path: Path, video_path: Path, checkpoints: dict[s
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_empty_instruction(video_path: Path) -> None:
+def test_an_empty_instruction(video_path: Path, rbm: Callable[..., Done]) -> None:
     for command in (["score", video_path], ["compare", video_path, video_path], ["rank", video_path]):
         refused(rbm(*command, "--task", " "), "the task (instruction) is empty")
 
@@ -64,36 +94,36 @@ def test_an_empty_instruction(video_path: Path) -> None:
     ],
 )
 def test_outputs_that_cannot_be_are_refused_first(
-    tmp_path: Path, video_path: Path, option: str, name: str, words: str
+    tmp_path: Path, video_path: Path, option: str, name: str, words: str, rbm: Callable[..., Done]
 ) -> None:
     done = rbm("score", video_path, "--task", "push", "--checkpoint", "not even looked at", option, tmp_path / name)
     refused(done, words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_input_is_never_overwritten(tmp_path: Path, video_path: Path) -> None:
+def test_the_input_is_never_overwritten(tmp_path: Path, video_path: Path, rbm: Callable[..., Done]) -> None:
     path = tmp_path / "in.mp4"
     shutil.copy(video_path, path)
     refused(rbm("score", path, "--task", "push", "--video", path), "it is an input")
     assert path.read_bytes() == video_path.read_bytes()
 
 
-def test_several_videos_have_no_one_plot(tmp_path: Path, video_path: Path) -> None:
+def test_several_videos_have_no_one_plot(tmp_path: Path, video_path: Path, rbm: Callable[..., Done]) -> None:
     done = rbm("score", video_path, video_path, "--task", "push", "--plot", tmp_path / "a.png")
     refused(done, "--plot draws one video, 2 were given")
 
 
 @pytest.mark.parametrize("option", ["--json a.json", "--plot a.png", "--video a.mp4"])
 def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], option: str
+    tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], option: str, rbm: Callable[..., Done]
 ) -> None:
     flag, name = option.split()
     target = tmp_path / name
     target.write_text("of an earlier run")
     arguments = ["score", video_path, "--task", "push", "--checkpoint", checkpoints["utility"], flag, target]
     done = rbm(*arguments, disk=1000)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    assert done.code == 2, done.err
+    (line,) = done.err.splitlines()
     assert line.startswith(f"error: cannot write {target}: ")
     assert list(tmp_path.iterdir()) == [target]
     assert target.read_text() == "of an earlier run"
@@ -151,6 +181,8 @@ def test_bad_checkpoints(tmp_path: Path, checkpoints: dict[str, Path], kind: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_checkpoint_on_the_command_line(tmp_path: Path, video_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_a_bad_checkpoint_on_the_command_line(
+    tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], rbm: Callable[..., Done]
+) -> None:
     path = broken(Path(shutil.copytree(checkpoints["utility"], tmp_path / "model")), "truncated weights")
     refused(rbm("score", video_path, "--task", "push", "--checkpoint", path), str(path), "truncated")

@@ -58,13 +58,16 @@ def test_rows_and_every(video_path: Path, usual: list[str | Path]) -> None:
 
 
 @pytest.mark.parametrize("preference", ["utility", "joint"])
-def test_compare_and_rank(tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], preference: str) -> None:
+def test_compare_and_rank(
+    tmp_path: Path, video_path: Path, checkpoints: dict[str, Path], preference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "[b] other.mp4"  # brackets are markup to the table's library
     other.write_bytes(video_path.read_bytes())
     usual = ["--task", "push", "--checkpoint", checkpoints[preference], "--json"]
-    result = run("compare", video_path, other, *usual, tmp_path / "compare.json")
+    monkeypatch.chdir(tmp_path)
+    result = run("compare", video_path, other.name, *usual, tmp_path / "compare.json")
     assert "neither is better" in result.stdout
-    assert "[b] other.mp4" in result.stdout.replace("\n", "")
+    assert "[b] other.mp4" in result.stdout
     assert json.loads((tmp_path / "compare.json").read_text())["p_a_better"] == pytest.approx(0.5, abs=1e-4)
     run("rank", video_path, other, *usual, tmp_path / "rank.json")
     content = json.loads((tmp_path / "rank.json").read_text())
