@@ -11,6 +11,10 @@ import click
 
 from rbm.errors import UserError
 
+# Threads that wait for each other must not spin: on a machine whose cores are shared with a loader process (or
+# anything else) a training step otherwise takes several times as long. Read when PyTorch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # name: (module, attribute, one-line help); the line stands here so that `rbm --help` imports nothing heavy
 COMMANDS = {
     "demo": ("rbm.demo", "demo", "Open the bundled corpus, train, evaluate, score a video: the whole loop."),

@@ -34,6 +34,7 @@ class Robot:
         clones: half-trained policies, least trained first.
         rng: the attempt's own generator.
         usual: steps a clean expert needs for this task.
+        length: steps after which an attempt that is not meant to succeed ends.
         obs: float64 (39,), the present observation.
         first_object: float64 (3,), where the object stood at the start.
         progress: the present dense label.
@@ -44,6 +45,7 @@ class Robot:
     clones: Callable[[], tuple[Policy, ...]]
     rng: np.random.Generator
     usual: int
+    length: int
     obs: NDArray[np.float64]
     first_object: NDArray[np.float64]
     progress: float = 0.0
@@ -239,13 +241,14 @@ def clumsy(robot: Robot) -> Script:
 
 
 def stop_part(robot: Robot) -> Script:
-    yield from _expert(robot, _at(robot, robot.rng.uniform(0.42, 0.85)))
+    """Stops on the way; early enough that what coasts on (a window) does not arrive by itself."""
+    yield from _expert(robot, _at(robot, robot.rng.uniform(0.26, 0.85)))
     yield from _hold(robot, sway=robot.rng.uniform(0.0, 0.012))
 
 
 def leave_part(robot: Robot) -> Script:
     """Lets go part-way, backs off, and stays away."""
-    yield from _expert(robot, _at(robot, robot.rng.uniform(0.45, 0.9)))
+    yield from _expert(robot, _at(robot, robot.rng.uniform(0.27, 0.9)))
     yield from _hold_open(robot, int(robot.rng.integers(2, 6)))
     yield from _back(robot, robot.rng.uniform(0.05, 0.15), effort=OPEN)
     yield from _hold(robot, sway=robot.rng.uniform(0.0, 0.01))
@@ -272,10 +275,22 @@ def wrong_place(robot: Robot) -> Script:
 
 def stutter_part(robot: Robot) -> Script:
     """Part of the way, wanders about, comes back to it, and is not done when time is up."""
-    yield from _expert(robot, _at(robot, robot.rng.uniform(0.4, 0.8)))
+    yield from _expert(robot, _at(robot, robot.rng.uniform(0.27, 0.8)))
     yield from _rewind_path(robot, int(robot.rng.integers(3, 12)))
     yield from _hold(robot, int(robot.rng.integers(5, 20)), sway=0.02)
     yield from _wander(robot, lambda: robot.hand, 0.04, effort=robot.effort)
+
+
+def late(robot: Robot) -> Script:
+    """Loses its time on the way to the object and runs out of it while it is at work."""
+    needed = robot.rng.uniform(0.85, 1.05) * robot.usual / robot.gain
+    spare = max(robot.length - needed, 0.0)
+    yield from _expert(robot, _after(robot, robot.rng.uniform(0.05, 0.6) * robot.usual))
+    start, place = len(robot.path), robot.hand
+    idle = _hold(robot, sway=0.01) if robot.rng.random() < 0.4 else _wander(robot, lambda: place, 0.07, robot.effort)
+    while len(robot.path) - start < spare:
+        yield next(idle)
+    yield from _expert(robot)
 
 
 # --- no lasting progress --------------------------------------------------------------------------
@@ -382,7 +397,7 @@ PLANS: dict[str, Plan] = {
     for plan in (
         Plan("clean", clean, Aim.CLEAN),
         *(Plan(f.__name__, f, Aim.MESSY) for f in (pause, detour, overshoot, retry, undo_retry, clumsy)),
-        *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (stop_part, leave_part, near_miss, drop, wrong_place)),
+        *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (stop_part, leave_part, near_miss, drop, wrong_place, late)),
         *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (stutter_part, miss, no_grip, freeze)),
         *(Plan(f.__name__, f, Aim.NO_SUCCESS, long=True) for f in (undo, push_back)),
         *(Plan(f.__name__, f, Aim.NO_SUCCESS) for f in (drift, hover, wrong_object, go_elsewhere, random)),

@@ -13,7 +13,10 @@ object moves, but at most 0.25: an attempt that hovers at the handle and moves n
 however long the approach takes. In tasks without an object (reach) s = 0.
 
 The weights and maps are fitted per task on clean rollouts with a seed of their own, so that labels
-mean the same in every corpus.
+mean the same in every corpus. Measured on other clean successes of each of the 50 tasks (up to ten a task),
+Spearman's correlation of label and time up to the first success has a median of 1.00 over tasks and .975
+at the worst (plate-slide-back-side); on messy successes .99, below .90 only for disassemble (.65) and
+hand-insert (.84), where the object is put back on the way.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ LONGEST = 400
 
 _CALIBRATION_SEED = 20_260
 _DEMONSTRATIONS = 10
-_MESSY_ROLLOUTS = 14
+_USUAL_ROLLOUTS = 12
 _FINAL_STEPS = 5
 
 
@@ -99,7 +99,7 @@ class Study:
         UserError: the scripted expert hardly ever succeeds.
     """
 
-    def __init__(self, name: str, judge: Judge) -> None:
+    def __init__(self, name: str, judge: Judge, messy_share: float = 0.5) -> None:
         self.simulator = Simulator(name)
         self.judge = judge
         self._seed = [_CALIBRATION_SEED, zlib.crc32(name.encode())]
@@ -110,7 +110,14 @@ class Study:
         self.usual = int(np.median([len(snapshots) for snapshots, _ in demos]))
         self.label: ProgressLabel = fit_progress([snapshots for snapshots, _ in demos])
         self._clones: tuple[ClonedPolicy, ...] | None = None
-        self.lengths = self._usual_lengths()
+        self.clean_lengths = self._usual_lengths(["clean"], 60)
+        self.messy_lengths = self._usual_lengths(MESSY, 60)
+        self.lengths = np.concatenate(
+            [
+                np.resize(self.clean_lengths, 60 - round(60 * messy_share)),
+                np.resize(self.messy_lengths, round(60 * messy_share)),
+            ]
+        )
 
     def _demonstrate(self) -> list[tuple[list[Snapshot], NDArray[np.float64]]]:
         """Clean successes up to the first success; slow ones, where the expert had to try again, left out."""
@@ -132,18 +139,19 @@ class Study:
         quick = np.percentile([len(snapshots) for snapshots, _ in found], 25) if found else 0
         return [demo for demo in found if len(demo[0]) <= 1.35 * quick]
 
-    def _usual_lengths(self) -> NDArray[np.int64]:
-        """Steps of messy successes, as many as there are clean ones: what other attempts are cut to."""
+    def _usual_lengths(self, plans: Sequence[str], count: int) -> NDArray[np.int64]:
+        """`count` lengths of successes under `plans`, with random tails; the demonstrations' where none succeeds."""
         rng = np.random.default_rng([*self._seed, 999])
-        lengths: list[int] = []
-        for trial in range(_MESSY_ROLLOUTS):
-            plan = PLANS[MESSY[trial % len(MESSY)]]
-            attempt = self._run(plan, np.random.default_rng([*self._seed, 1000 + trial]), LONGEST)
-            if attempt.quality is Quality.SUCCESSFUL and attempt.done is not None:
-                lengths.append(attempt.done)
-        clean = [len(snapshots) - 1 for snapshots, _ in self.demonstrations]
-        both = np.concatenate([np.resize(clean, 60), np.resize(lengths or clean, 60)])
-        return both + rng.integers(TAIL[0], TAIL[1] + 1, len(both))
+        done: list[int] = []
+        for trial in range(_USUAL_ROLLOUTS):
+            name = plans[trial % len(plans)]
+            attempt = self._run(
+                PLANS[name], np.random.default_rng([*self._seed, zlib.crc32(name.encode()), trial]), LONGEST
+            )
+            if attempt.done is not None:
+                done.append(attempt.done)
+        done = done or [len(snapshots) - 1 for snapshots, _ in self.demonstrations]
+        return np.resize(done, count) + rng.integers(TAIL[0], TAIL[1] + 1, count)
 
     def clones(self) -> tuple[Policy, ...]:
         """Half-trained policies, made at the first call."""
@@ -169,8 +177,14 @@ class Study:
         return self._run(plan, rng, length)
 
     def length_class(self, attempt: Attempt) -> int:
-        """0, 1 or 2: short, middling or long among this task's usual lengths, a third of them each."""
-        return int(np.searchsorted(np.quantile(self.lengths, [1 / 3, 2 / 3]), len(attempt)))
+        """0, 1 or 2: short, middling or long for its kind, a third of the usual lengths each.
+
+        Clean and messy successes are measured at their own kind; the others at both together.
+        """
+        usual = self.lengths
+        if attempt.quality is Quality.SUCCESSFUL:
+            usual = self.messy_lengths if attempt.messy else self.clean_lengths
+        return int(np.searchsorted(np.quantile(usual, [1 / 3, 2 / 3]), len(attempt)))
 
     def _run(self, plan: Plan, rng: np.random.Generator, length: int) -> Attempt:
         """Steps until `length`, or for a random tail after the first success; who means to succeed gets the time."""
@@ -178,7 +192,7 @@ class Study:
         tail = int(rng.integers(TAIL[0], TAIL[1] + 1))
         holds = bool(rng.random() < 0.7)
         start = self.simulator.reset(int(rng.integers(2**31)))
-        robot = Robot(self.simulator.expert(), self.clones, rng, self.usual, start.obs, start.obs[4:7].copy())
+        robot = Robot(self.simulator.expert(), self.clones, rng, self.usual, length, start.obs, start.obs[4:7].copy())
         robot.gain, robot.tremble = rng.uniform(0.75, 1.0), rng.uniform(0.0, 0.15)
         script = plan.script(robot)
         now, done = start, None

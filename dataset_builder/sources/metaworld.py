@@ -37,7 +37,7 @@ success bool (L,)."""
 DEFAULT_PLANS: dict[str, float] = {
     "clean": 5,
     **dict.fromkeys(("pause", "detour", "overshoot", "retry", "undo_retry", "clumsy"), 1.0),
-    **dict.fromkeys(("stop_part", "leave_part", "near_miss", "drop", "wrong_place", "stutter_part"), 1.2),
+    **dict.fromkeys(("stop_part", "leave_part", "near_miss", "drop", "wrong_place", "stutter_part", "late"), 1.2),
     **dict.fromkeys(("miss", "undo", "push_back", "hover", "drift", "freeze", "go_elsewhere"), 0.8),
     **dict.fromkeys(("no_grip", "wrong_object", "random"), 0.5),
     **dict.fromkeys(("clone_early", "clone_middle", "clone_late"), 0.6),
@@ -47,19 +47,18 @@ DEFAULT_PLANS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a quota counts: an outcome, successes split into clean and messy, the others into thirds by length.
+    """What a quota counts: an outcome, successes split into clean and messy, and each into thirds by length.
 
     Who is cut off early fails more often: without the thirds a trajectory's length would tell its outcome.
     """
 
     quality: Quality
-    messy: bool = False
-    length_class: int = 0
+    messy: bool
+    length_class: int
 
     def __str__(self) -> str:
-        if self.quality is Quality.SUCCESSFUL:
-            return "messy successful" if self.messy else "clean successful"
-        return f"{('short', 'middling', 'long')[self.length_class]} {self.quality.value}"
+        kind = ("messy " if self.messy else "clean ") if self.quality is Quality.SUCCESSFUL else ""
+        return f"{('short', 'middling', 'long')[self.length_class]} {kind}{self.quality.value}"
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Metaworld:
     """The source; see the module's text. One unit is one environment.
 
     Args:
-        envs: environment names without version ending, or "all" or "mt10".
+        envs: environment names (with or without Meta-World's "-v3"), or "all" or "mt10".
         exclude: names to leave out of `envs`.
         per_quality: trajectories an environment, by outcome (0: none).
         messy_share: of the successes, how many are messy (pauses, detours, retries).
@@ -103,7 +102,7 @@ class Metaworld:
         size: int = 96,
         seed: int = 0,
         first_index: int = 0,
-        max_attempts: int = 1_200,
+        max_attempts: int = 2_000,
         plans: Mapping[str, float] | None = None,
         arrays: Sequence[str] = (),
         suboptimal_from: float = 0.40,
@@ -116,6 +115,7 @@ class Metaworld:
         self._envs = _chosen(envs, exclude)
         self._judge = Judge(suboptimal_from, failure_to)
         self._quotas = _quotas(per_quality or {"successful": 24, "suboptimal": 16, "failure": 20}, messy_share)
+        self._messy_share = float(messy_share)
         self._cameras = tuple(cameras)
         self._size, self._seed = int(size), int(seed)
         self._first, self._most = int(first_index), int(max_attempts)
@@ -214,12 +214,9 @@ class Metaworld:
 
     def _slot(self, unit: str, attempt: Attempt, wanted: Mapping[_Slot, int], strict: bool) -> _Slot | None:
         assert attempt.quality is not None
-        if attempt.quality is Quality.SUCCESSFUL:
-            slots = [_Slot(attempt.quality, attempt.messy)]
-        else:
-            own = self._studied(unit).length_class(attempt)
-            slots = [_Slot(attempt.quality, False, own)]
-            slots += [] if strict else [_Slot(attempt.quality, False, other) for other in range(3)]
+        own = self._studied(unit).length_class(attempt)
+        classes = [own] if strict else [own, *range(3)]
+        slots = [_Slot(attempt.quality, attempt.messy, length) for length in classes]
         return next((slot for slot in slots if wanted[slot]), None)
 
     def _episode(self, unit: str, identity: str, index: int, attempt: Attempt) -> Episode:
@@ -251,7 +248,7 @@ class Metaworld:
         if self._study is None or self._study[0] != unit:
             if self._study is not None:
                 self._study[1].close()
-            self._study = (unit, Study(unit, self._judge))
+            self._study = (unit, Study(unit, self._judge, self._messy_share))
         return self._study[1]
 
     def _draw_plan(self, rng: np.random.Generator) -> Plan:
@@ -274,6 +271,7 @@ def _chosen(envs: Sequence[str] | str, exclude: Sequence[str]) -> tuple[str, ...
         chosen = groups.get(envs, (envs,))
     else:
         chosen = tuple(envs)
+    chosen, exclude = (tuple(name.removesuffix("-v3") for name in names) for names in (chosen, exclude))
     for name in (*chosen, *exclude):
         if name not in TASKS:
             raise UserError(f"unknown Meta-World environment {name!r}: {did_you_mean(name, list(TASKS))}")
@@ -293,27 +291,31 @@ def _quotas(per_quality: Mapping[str, int], messy_share: float) -> dict[_Slot, i
         raise UserError(f"messy_share={messy_share} must be in [0, 1]")
     successes = int(per_quality.get("successful", 0))
     messy = round(messy_share * successes)
+    counts = {
+        (Quality.SUCCESSFUL, False): successes - messy,
+        (Quality.SUCCESSFUL, True): messy,
+        (Quality.SUBOPTIMAL, False): int(per_quality.get("suboptimal", 0)),
+        (Quality.FAILURE, False): int(per_quality.get("failure", 0)),
+    }
     return {
-        _Slot(Quality.SUCCESSFUL): successes - messy,
-        _Slot(Quality.SUCCESSFUL, True): messy,
-        **{
-            _Slot(quality, False, third): (int(per_quality.get(quality.value, 0)) + 2 - third) // 3
-            for quality in (Quality.SUBOPTIMAL, Quality.FAILURE)
-            for third in range(3)
-        },
+        _Slot(quality, is_messy, third): (count + 2 - third) // 3
+        for (quality, is_messy), count in counts.items()
+        for third in range(3)
     }
 
 
 def _full_aims(wanted: Mapping[_Slot, int]) -> set[Aim]:
     """Aims of plans that need not be run any more: nearly all that they give is no longer wanted."""
-    full = set()
-    if not wanted[_Slot(Quality.SUCCESSFUL, True)]:
-        full.add(Aim.MESSY)
-        if not wanted[_Slot(Quality.SUCCESSFUL)]:
-            full.add(Aim.CLEAN)
-    if not any(count for slot, count in wanted.items() if slot.quality is not Quality.SUCCESSFUL):
-        full.add(Aim.NO_SUCCESS)
-    return full
+    open_aims = {_aim(slot) for slot, count in wanted.items() if count}
+    if Aim.MESSY in open_aims:
+        open_aims.add(Aim.CLEAN)  # an expert that has to try again is messy too, in some tasks the most of it
+    return set(Aim) - open_aims
+
+
+def _aim(slot: _Slot) -> Aim:
+    if slot.quality is not Quality.SUCCESSFUL:
+        return Aim.NO_SUCCESS
+    return Aim.MESSY if slot.messy else Aim.CLEAN
 
 
 def _version() -> str:

@@ -29,6 +29,7 @@ from rbm.model import ClipBatch, Counts, PairBatch, RewardModel, Targets
 from rbm.model.backbones.base import Preprocessor
 from rbm.sampling import ClipOptions, ClipTargets, Pair, Table
 from rbm.sampling import Sampler as PairSampler
+from rbm.training.augment import Augmentation
 
 VALIDATION_SEED = 1_000_003
 """Added to the seed for the fixed validation pairs, so that they are not the first training pairs."""
@@ -61,10 +62,16 @@ class PairDataset(Dataset[PairBatch]):
     """Item i is micro-batch i: step i // micro, part i % micro. Any i is as good as any other: there is no epoch."""
 
     def __init__(
-        self, corpus: Corpus, sampler: PairSampler, preprocess: Preprocessor, share: Share, supervise_both: bool
+        self,
+        corpus: Corpus,
+        sampler: PairSampler,
+        preprocess: Preprocessor,
+        share: Share,
+        supervise_both: bool,
+        augment: Augmentation | None = None,
     ) -> None:
         self.corpus, self.sampler, self.preprocess = corpus, sampler, preprocess
-        self.share, self.supervise_both = share, supervise_both
+        self.share, self.supervise_both, self.augment = share, supervise_both, augment
 
     def __getitem__(self, index: int) -> PairBatch:
         step, part = divmod(index, self.share.micro)
@@ -75,7 +82,7 @@ class PairDataset(Dataset[PairBatch]):
         begin = (part * self.share.world + self.share.rank) * self.share.pairs
         mine = slice(begin, begin + self.share.pairs)
         return PairBatch(
-            clips=self._clips(pairs[mine]),
+            clips=self._clips(pairs[mine], step),
             targets=stack_targets(pairs[mine], targets[mine]),
             counts=counts,
             strategies=tuple(pair.strategy for pair in pairs[mine]),
@@ -89,7 +96,7 @@ class PairDataset(Dataset[PairBatch]):
             second = ClipTargets(second.progress, nothing, second.success, nothing)
         return first, second
 
-    def _clips(self, pairs: Sequence[Pair]) -> ClipBatch:
+    def _clips(self, pairs: Sequence[Pair], step: int) -> ClipBatch:
         clips = [(clip, pair.task) for pair in pairs for clip in (pair.first, pair.second)]
         wanted: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
         for clip, _ in clips:
@@ -99,7 +106,10 @@ class PairDataset(Dataset[PairBatch]):
         total = 0
         for number, shown in wanted.items():
             distinct = np.unique(np.concatenate(shown))
-            stored.append(self.preprocess(self.corpus.frames(number, distinct)))
+            frames = self.corpus.frames(number, distinct)
+            if self.augment is not None:
+                frames = self.augment(frames, (self.sampler.seed, step, number))
+            stored.append(self.preprocess(frames))
             place[number] = (total, distinct)
             total += len(distinct)
         ids = [place[clip.number][0] + np.searchsorted(place[clip.number][1], clip.frames) for clip, _ in clips]
@@ -160,6 +170,7 @@ class PairDataModule(L.LightningDataModule):
         clips: options of `rbm.sampling.ClipOptions`, less context_frames, which the model says.
         use_dense: supervise progress by dense labels where a trajectory has them.
         paraphrases: draw among all wordings of an instruction.
+        augment: change of pixels in training, shift and light (`Augmentation`); none for none.
         validation_pairs: fixed pairs on which the validation losses are computed; 0 for none.
         workers: loader processes; 0 reads in the main process.
         seed: of the draws.
@@ -183,6 +194,7 @@ class PairDataModule(L.LightningDataModule):
         clips: Mapping[str, Any] | None = None,
         use_dense: bool = True,
         paraphrases: bool = True,
+        augment: Mapping[str, float] | None = None,
         validation_pairs: int = 64,
         workers: int = 1,
         seed: int = 0,
@@ -205,6 +217,7 @@ class PairDataModule(L.LightningDataModule):
             "paraphrases": paraphrases,
         }
         self._preprocess = model.backbone.preprocessor
+        self._augment = Augmentation(**augment) if augment else None
         self._supervise_both = model.pair == "isolated"
         self.sampler = self._sampler(self.split.train, seed)  # now, so that what is wrong is said before training
 
@@ -216,7 +229,9 @@ class PairDataModule(L.LightningDataModule):
         trainer = self.trainer
         rank, world, step = (trainer.global_rank, trainer.world_size, trainer.global_step) if trainer else (0, 1, 0)
         share = Share(self.pairs_per_step, self.micro_batches, rank, world)
-        dataset = PairDataset(self.corpus, self.sampler, self._preprocess, share, self._supervise_both)
+        dataset = PairDataset(
+            self.corpus, self.sampler, self._preprocess, share, self._supervise_both, self._augment
+        )
         return self._loader(dataset, Onward(step * self.micro_batches), self.workers)
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rbm.frames import pick_frames
 from rbm.model import ClipBatch, RewardModel
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) -> None:
     """Calibrate `model` on the clips that scoring would make of the validation trajectories.
 
-    Every clip weighs the same, however many of its frames are supervised. Without validation
-    trajectories the head stays as it is.
+    Every clip weighs the same, and in it the last frame as much as all others together: the verdict at the end is
+    what success detection goes by. Without validation trajectories the head stays as it is.
     """
     table = Table.of(data.corpus.columns, data.corpus.tasks, data.split.validation)
     device = next(model.parameters()).device
@@ -41,9 +42,18 @@ def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) 
             mask = targets.success_mask
             logits.append(values[mask])
             labels.append(targets.success[mask])
-            weights.append(np.full(mask.sum(), 1 / max(mask.sum(), 1)))
+            weights.append(clip_weights(mask)[mask])
     if not logits:
         log.warning("no validation trajectories: the success head is not calibrated")
         return
     temperature, bias = fit_calibration(np.concatenate(logits), np.concatenate(labels), np.concatenate(weights))
     model.calibrate(temperature, bias)
+
+
+def clip_weights(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Weights of a clip's frames, float64 (n,), 0 where not supervised: 1/2 on the last, 1/2 shared by the others."""
+    weights = mask / max(mask.sum(), 1)
+    if mask[-1] and mask.sum() > 1:
+        weights = mask * 0.5 / (mask.sum() - 1)
+        weights[-1] = 0.5
+    return weights

@@ -54,7 +54,7 @@ class FrameEncoder(nn.Module):
         channels = 3
         for index, out in enumerate(widths):
             size = 5 if index == 0 else 3
-            layers += [nn.Conv2d(channels, out, size, stride=2, padding=size // 2), nn.GroupNorm(4, out), nn.GELU()]
+            layers += [nn.Conv2d(channels, out, size, stride=2, padding=size // 2), nn.GroupNorm(4, out), nn.ReLU()]
             channels = out
         self.convolutions = nn.Sequential(*layers)
         side = image_size
@@ -118,7 +118,7 @@ class NanoBackbone(Backbone):
     def __init__(
         self,
         image_size: int = 64,
-        width: int = 32,
+        width: int = 24,
         hidden: int = 128,
         layers: int = 3,
         heads: int = 4,
