@@ -17,10 +17,9 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
 
     \b
     Examples:
-      rbm train run_dir=runs/first                     the bundled corpus, nano
-      rbm train run_dir=runs/mine data.corpus=corpus   your own corpus
-      rbm train init=runs/first/model data.corpus=corpus optimization.lr=3e-4 trainer.max_steps=300
-      rbm train --cfg                                  every key there is
+      rbm train run_dir=runs/first              the bundled corpus, nano from scratch
+      rbm train run_dir=runs/mine data=corpus data.corpus=data/mine init=nano experiment=finetune
+      rbm train --cfg                           every key there is
     """
     from omegaconf import OmegaConf
 

@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 import rbm
+from rbm.assets import nano_weights
 from rbm.config import instantiate, plain
 from rbm.errors import UserError
 from rbm.model import RewardModel
@@ -71,7 +72,7 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, verbose=False)
-    model = RewardModel.from_pretrained(config.init).train() if config.init else instantiate(config.model)
+    model = _start(config)
     data: PairDataModule = instantiate(config.data, model=model)
     module: RewardModule = instantiate(config.optimization, model=model)
     _claim(folder, config)  # not before all that could be refused has been made
@@ -99,6 +100,14 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     fit_success(model, data)
     model.save_pretrained(str(finished), facts | {"steps": trainer.global_step})
     return finished
+
+
+def _start(config: DictConfig) -> RewardModel:
+    """The model that training starts from: random weights, or those of `init`."""
+    if config.init is None:
+        return instantiate(config.model)
+    folder = nano_weights() if config.init == "nano" else config.init
+    return RewardModel.from_pretrained(str(folder)).train()
 
 
 def _trainer(
