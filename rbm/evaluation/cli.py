@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -36,6 +37,10 @@ def evaluate(overrides: tuple[str, ...]) -> None:
     parts = split_corpus(corpus, **config.split)
     scorer = Scorer.from_pretrained(config.checkpoint, device=config.device)
     protocol = Protocol(config.most_instructions, config.most_in_pairs, config.bootstrap, config.seed)
+    console = Console()
+    known = trained_on(config.checkpoint, config.split.heldout_tasks)
+    if known:
+        console.print(f"[yellow]note[/]: this model was trained on {', '.join(known)}: new tasks are not new to it")
     facts = {
         "model": str(config.checkpoint or "shipped weights"),
         "corpus": str(config.corpus or "bundled"),
@@ -45,9 +50,17 @@ def evaluate(overrides: tuple[str, ...]) -> None:
     }
     evaluation = evaluate_split(scorer, corpus, parts, protocol, facts)
     page = pages.write(evaluation, config.report)
-    console = Console()
     console.print(console_table(evaluation))
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def trained_on(checkpoint: str | None, heldout_tasks: Sequence[str]) -> list[str]:
+    """Which of the tasks held out here the checkpoint did not hold out when it was trained, by its own record."""
+    from rbm.assets import nano_weights
+    from rbm.model.checkpoint import describe
+
+    record = describe(checkpoint or nano_weights())["facts"].get("tasks")
+    return [] if record is None else [task for task in heldout_tasks if task in record]
 
 
 @click.group()

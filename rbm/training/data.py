@@ -221,6 +221,12 @@ class PairDataModule(L.LightningDataModule):
         self._supervise_both = model.pair == "isolated"
         self.sampler = self._sampler(self.split.train, seed)  # now, so that what is wrong is said before training
 
+    @property
+    def tasks(self) -> list[str]:
+        """Instructions of the tasks that are trained on."""
+        used = np.unique(self.corpus.columns.task[self.split.train])
+        return [self.corpus.tasks[task].text for task in used]
+
     def _sampler(self, numbers: NDArray[np.int64], seed: int) -> PairSampler:
         table = Table.of(self.corpus.columns, self.corpus.tasks, numbers)
         return PairSampler(table, seed, **self._sampler_options)  # type: ignore[arg-type]

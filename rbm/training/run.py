@@ -81,6 +81,7 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
         "revision": git_revision(),
         "corpus": str(data.corpus.path.name),
         "snapshot": data.corpus.snapshot,
+        "tasks": data.tasks,
         "config": plain(config),
     }
     stop = StopCleanly()

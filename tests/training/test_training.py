@@ -216,3 +216,20 @@ def test_learning_rate_by_hand():
     assert learning_rate_factor(10, 100, 0.1) == pytest.approx(1.0)
     assert learning_rate_factor(55, 100, 0.1) == pytest.approx(0.01 + 0.99 / 2)
     assert learning_rate_factor(100, 100, 0.1) == pytest.approx(0.01)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(dot_corpus, tmp_path):
+    """A limit on the size of files stands in for the disk: the checkpoint does not fit."""
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "from rbm.cli import main; sys.argv[0] = 'rbm'; main()"
+    )
+    folder = tmp_path / "run"
+    arguments = ["train", *SMALL, f"run_dir='{folder}'", f"data.corpus='{dot_corpus.path}'", "trainer.max_steps=4",
+                 "trainer.checkpoint_every=2"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"cannot write to {folder}" in done.stderr
+    assert not list(folder.rglob("*.ckpt"))
+    assert train(small(folder, dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2")).exists()
