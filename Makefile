@@ -46,7 +46,7 @@ check: $(VENV)/.dev
 sim: $(VENV)/.sim
 	@$(BIN)/python -c "import os; os.environ.setdefault('MUJOCO_GL', 'osmesa'); import mujoco; mujoco.GLContext(64, 64).free()" \
 	  || { echo "MuJoCo cannot render: on Debian or Ubuntu, apt-get install libosmesa6 libegl1 libgl1"; exit 2; }
-	@echo "ready: rbm build source=metaworld corpus=..."
+	@echo "ready: $(BIN)/rbm build source=metaworld corpus=..."
 
 clean:
 	rm -rf $(VENV) build *.egg-info

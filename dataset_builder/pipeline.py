@@ -27,7 +27,7 @@ from rich.table import Table
 from dataset_builder.sources.base import Skipped, Source
 from rbm.corpus import ClipCodec, CorpusWriter, Packed, pack
 from rbm.errors import UserError
-from rbm.trajectory import Quality
+from rbm.trajectory import Quality, Task
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,12 @@ def build(
     """
     if workers < 1:
         raise UserError(f"workers={workers}: need at least 1")
-    units = source.units()
+    units, facts, tasks = source.units(), source.source_facts(), source.tasks()  # refused before anything is written
     console = Console(stderr=True, quiet=not progress)
     tally = _Tally()
     with CorpusWriter(corpus_path, codec, commit_every=commit_every) as writer:
         before = len(writer.ids)
-        _enter_facts(writer, source)
+        _enter_facts(writer, source.name, facts, tasks)
         try:
             with _bar(console) as bar, _Crew(source, codec, writer.ids, min(workers, max(1, len(units)))) as crew:
                 shown = bar.add_task("units", total=len(units), trajectories=0)
@@ -143,11 +143,10 @@ class _Refused:
 _Message = Packed | Skipped | _UnitDone | _Refused
 
 
-def _enter_facts(writer: CorpusWriter, source: Source) -> None:
-    facts: dict[str, Any] = {key: value for key, value in source.source_facts().items() if key != "name"}
-    completion = facts.pop("completion", None)
-    writer.add_source(source.name, completion, **facts)
-    for task in source.tasks():
+def _enter_facts(writer: CorpusWriter, name: str, facts: dict[str, Any], tasks: list[Task]) -> None:
+    more = {key: value for key, value in facts.items() if key not in ("name", "completion")}
+    writer.add_source(name, facts.get("completion"), **more)
+    for task in tasks:
         writer.add_task(task)
 
 

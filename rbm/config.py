@@ -8,6 +8,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ from rbm.errors import UserError
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration `name` of `conf/` with command-line `overrides` such as `data.batch_pairs=8`.
+    """The configuration `name` of `conf/` with command-line `overrides` such as `data.pairs_per_step=8`.
 
     Raises:
         UserError: a name that does not exist (the message lists those that do), or a bad override.
@@ -25,11 +26,28 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("rbm.conf", version_base="1.3"):
-            config = hydra_compose(name, overrides=list(overrides))
+            config = hydra_compose(name, overrides=[_quoted(text) for text in overrides])
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"configuration {name!r}: {_sentence(error)}") from error
     return config
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` for Hydra with the value quoted: paths with spaces, commas, apostrophes, letters of any language."""
+    # in Hydra's quotes a backslash stands for itself, except before the quote
+    text = str(value).replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"{key}='{text}'"
+
+
+def _quoted(text: str) -> str:
+    """An override as it was typed, or quoted where Hydra's grammar has no place for it (`run_dir=läufe/1`)."""
+    key, equals, value = text.partition("=")
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return override(key, value) if equals else text
+    return text
 
 
 def instantiate(config: DictConfig, **more: Any) -> Any:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 console = Console()
 
+FINISHED = "finished"
+"""Mark in the working folder of a demo that ran to its end."""
+
 
 @click.command()
 @click.option("--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Working folder.")
@@ -41,8 +44,7 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     began = time.monotonic()
     _stage(1, "Opening the bundled corpus and unpacking it for training (h264 → jpeg)")
     packed = Corpus.open(bundled_corpus())
-    if (out / "model").exists():
-        shutil.rmtree(out)
+    _clear_finished(out)
     corpus = out / "corpus"
     if not corpus.exists():
         from rich.progress import Progress
@@ -53,16 +55,17 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     console.print(f"  {len(packed)} trajectories of {tasks} tasks; four tasks and a part of the others are held out")
 
     _stage(2, "Training the nano reward model: progress, success and preference")
-    from rbm.config import compose
+    from rbm.config import compose, override
     from rbm.training.run import train
 
     config = compose(
-        "train", ["experiment=demo", f"run_dir='{out}'", f"data.corpus='{corpus}'", f"seed={seed}", *overrides]
+        "train",
+        ["experiment=demo", override("run_dir", out), override("data.corpus", corpus), f"seed={seed}", *overrides],
     )
     try:
         model = train(config)
     except Interrupted as stopped:
-        console.print(f"{stopped} (rbm demo)")
+        console.print(str(stopped), markup=False)
         sys.exit(130)
     trained = time.monotonic()
 
@@ -71,6 +74,7 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     from rbm.evaluation import report as pages
     from rbm.evaluation.evaluate import evaluate_split
     from rbm.evaluation.headline import console_table
+    from rbm.evaluation.results import write_atomic
     from rbm.scoring import Scorer
 
     unpacked = Corpus.open(corpus)
@@ -91,7 +95,8 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
 
     console.print(console_table(evaluation))
     spent = {"train_seconds": round(trained - began), "total_seconds": round(time.monotonic() - began)}
-    (report / "timing.json").write_text(json.dumps(spent) + "\n")
+    write_atomic(report / "timing.json", (json.dumps(spent) + "\n").encode())
+    (out / FINISHED).touch()
     console.print(f"{spent['total_seconds']} s in all, {spent['train_seconds']} s of it until the end of training")
     console.print(f"model:   {model}", soft_wrap=True)
     console.print(f"metrics: {report / pages.METRICS}", soft_wrap=True)
@@ -116,6 +121,16 @@ def _score_one(scorer: Scorer, corpus: Corpus, number: int, folder: Path) -> Non
         f"success {scores.success[-1]:.2f} (it was {trajectory.quality})"
     )
     console.print(f"  plot {folder / 'attempt.png'}, scored video {folder / 'attempt-scored.mp4'}")
+
+
+def _clear_finished(out: Path) -> None:
+    """Remove what an earlier demo made, if it came to its end; nothing else in the folder is touched."""
+    if not (out / FINISHED).exists():
+        return
+    for name in ("corpus", "checkpoints", "logs", "model"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.yaml", FINISHED):
+        (out / name).unlink(missing_ok=True)
 
 
 def _stage(number: int, what: str) -> None:

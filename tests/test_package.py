@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from rbm.assets import bundled_corpus, nano_weights
+from rbm.config import compose
 from rbm.corpus import Corpus
 from rbm.corpus.split import split_corpus
 from rbm.model.checkpoint import describe
-from rbm.config import compose
 from rbm.trajectory import Quality
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,11 +38,14 @@ DEFAULT_PLANS: dict[str, float] = {
     "clean": 5,
     **dict.fromkeys(("pause", "detour", "overshoot", "retry", "undo_retry", "clumsy"), 1.0),
     **dict.fromkeys(("stop_part", "leave_part", "near_miss", "drop", "wrong_place", "stutter_part", "late"), 1.2),
-    **dict.fromkeys(("miss", "undo", "push_back", "hover", "drift", "freeze", "go_elsewhere"), 0.8),
+    **dict.fromkeys(("undo", "drift"), 2.0),
+    **dict.fromkeys(("miss", "push_back", "go_elsewhere"), 0.8),
+    **dict.fromkeys(("hover", "freeze"), 0.4),
     **dict.fromkeys(("no_grip", "wrong_object", "random"), 0.5),
     **dict.fromkeys(("clone_early", "clone_middle", "clone_late"), 0.6),
 }
-"""How often each plan is drawn."""
+"""How often each plan is drawn. Undoing and drifting off are drawn more often than their share, since they often end
+as something else (a success that was lost, a suboptimal attempt); freezing near the object never does."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -39,17 +40,18 @@ def info(path: Path | None, snapshot: str | None, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     console = Console()
-    console.print(f"[bold]{facts['path']}[/]  snapshot {facts['snapshot']}", highlight=False)
+    console.print(f"[bold]{escape(facts['path'])}[/]  snapshot {facts['snapshot']}", highlight=False, soft_wrap=True)
     size = facts["bytes"] / 1e6
     console.print(
         f"{facts['trajectories']} trajectories, {facts['frames']} frames, "
         f"{size:.1f} MB ({', '.join(facts['codecs'])}); "
         f"{facts['dense']} with dense labels, {facts['messy']} messy successes, {facts['scenes']} scenes",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table("task", *(quality.value for quality in Quality), box=None)
     for task, counts in facts["by_task"].items():
-        table.add_row(task, *(str(counts.get(quality.value, 0)) for quality in Quality))
+        table.add_row(escape(task), *(str(counts.get(quality.value, 0)) for quality in Quality))
     table.add_row("[bold]all[/]", *(str(facts["by_quality"].get(quality.value, 0)) for quality in Quality))
     console.print(table)
 

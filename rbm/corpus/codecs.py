@@ -2,7 +2,7 @@
 
 A codec turns a clip into one or more parts, and each part gets its own checksum in the payload.
 `jpeg` makes one part a frame, so any 8 of 64 frames are decoded alone: what training wants.
-`h264` makes one part a clip, an eighth of the bytes: what archives and the bundled corpus want.
+`h264` makes one part a clip, about a fifteenth of the bytes: what archives and the bundled corpus want.
 """
 
 from __future__ import annotations

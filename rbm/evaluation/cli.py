@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from rbm.errors import UserError
 from rbm.evaluation import report as pages
 from rbm.evaluation.headline import console_table
 from rbm.evaluation.results import load
@@ -15,7 +16,8 @@ from rbm.evaluation.results import load
 
 @click.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def evaluate(overrides: tuple[str, ...]) -> None:
+@click.option("--cfg", "show", is_flag=True, help="Print the configuration and stop.")
+def evaluate(overrides: tuple[str, ...], show: bool) -> None:
     """Evaluate a reward model on held-out trajectories and new tasks, and write a report.
 
     \b
@@ -23,8 +25,10 @@ def evaluate(overrides: tuple[str, ...]) -> None:
       rbm eval
       rbm eval checkpoint=runs/first/model report=runs/first/report
       rbm eval corpus=data/mine 'split.heldout_tasks=[open the drawer]' device=cpu
-    Keys and their defaults: conf/eval.yaml.
+      rbm eval --cfg                            every key there is
     """
+    from omegaconf import OmegaConf
+
     from rbm.assets import bundled_corpus
     from rbm.config import compose
     from rbm.corpus import Corpus
@@ -33,6 +37,11 @@ def evaluate(overrides: tuple[str, ...]) -> None:
     from rbm.scoring import Scorer
 
     config = compose("eval", overrides)
+    if show:
+        click.echo(OmegaConf.to_yaml(config))
+        return
+    if OmegaConf.is_missing(config, "corpus"):
+        raise UserError("say which corpus: data.corpus=FOLDER")
     corpus = Corpus.open(config.corpus or bundled_corpus(), snapshot=config.snapshot)
     parts = split_corpus(corpus, **config.split)
     scorer = Scorer.from_pretrained(config.checkpoint, device=config.device)
@@ -40,7 +49,7 @@ def evaluate(overrides: tuple[str, ...]) -> None:
     console = Console()
     known = trained_on(config.checkpoint, config.split.heldout_tasks)
     if known:
-        console.print(f"[yellow]note[/]: this model was trained on {', '.join(known)}: new tasks are not new to it")
+        console.print(f"note: this model was trained on {', '.join(known)}: new tasks are not new to it", markup=False)
     facts = {
         "model": str(config.checkpoint or "shipped weights"),
         "corpus": str(config.corpus or "bundled"),

@@ -34,6 +34,6 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
     try:
         model = run(config)
     except Interrupted as stopped:
-        console.print(str(stopped))
+        console.print(str(stopped), markup=False)
         sys.exit(130)
     click.echo(str(model))

@@ -58,7 +58,14 @@ class Share:
         return self.pairs_per_step // (self.micro * self.world)
 
 
-class PairDataset(Dataset[PairBatch]):
+@dataclass(frozen=True)
+class Refused:
+    """A user's error in a loader process, on its way to the main one: as an exception it would lose its type."""
+
+    message: str
+
+
+class PairDataset(Dataset[PairBatch | Refused]):
     """Item i is micro-batch i: step i // micro, part i % micro. Any i is as good as any other: there is no epoch."""
 
     def __init__(
@@ -73,7 +80,13 @@ class PairDataset(Dataset[PairBatch]):
         self.corpus, self.sampler, self.preprocess = corpus, sampler, preprocess
         self.share, self.supervise_both, self.augment = share, supervise_both, augment
 
-    def __getitem__(self, index: int) -> PairBatch:
+    def __getitem__(self, index: int) -> PairBatch | Refused:
+        try:
+            return self._batch(index)
+        except UserError as error:
+            return Refused(str(error))
+
+    def _batch(self, index: int) -> PairBatch:
         step, part = divmod(index, self.share.micro)
         first = step * self.share.pairs_per_step
         pairs = [self.sampler.pair(n) for n in range(first, first + self.share.pairs_per_step)]
@@ -231,16 +244,14 @@ class PairDataModule(L.LightningDataModule):
         table = Table.of(self.corpus.columns, self.corpus.tasks, numbers)
         return PairSampler(table, seed, **self._sampler_options)  # type: ignore[arg-type]
 
-    def train_dataloader(self) -> DataLoader[PairBatch]:
+    def train_dataloader(self) -> DataLoader[PairBatch | Refused]:
         trainer = self.trainer
         rank, world, step = (trainer.global_rank, trainer.world_size, trainer.global_step) if trainer else (0, 1, 0)
         share = Share(self.pairs_per_step, self.micro_batches, rank, world)
-        dataset = PairDataset(
-            self.corpus, self.sampler, self._preprocess, share, self._supervise_both, self._augment
-        )
+        dataset = PairDataset(self.corpus, self.sampler, self._preprocess, share, self._supervise_both, self._augment)
         return self._loader(dataset, Onward(step * self.micro_batches), self.workers)
 
-    def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+    def val_dataloader(self) -> DataLoader[PairBatch | Refused] | list[Any]:
         if not self.validation_pairs or not len(self.split.validation):
             return []
         try:
@@ -251,7 +262,7 @@ class PairDataModule(L.LightningDataModule):
         dataset = PairDataset(self.corpus, sampler, self._preprocess, Share(batch), self._supervise_both)
         return self._loader(dataset, Onward(0, self.validation_pairs // batch), 0)
 
-    def _loader(self, dataset: PairDataset, order: Onward, workers: int) -> DataLoader[PairBatch]:
+    def _loader(self, dataset: PairDataset, order: Onward, workers: int) -> DataLoader[PairBatch | Refused]:
         # spawn: Icechunk's threads do not survive a fork
         more: dict[str, Any] = (
             {"multiprocessing_context": "spawn", "prefetch_factor": 6, "persistent_workers": True} if workers else {}
@@ -260,5 +271,9 @@ class PairDataModule(L.LightningDataModule):
             dataset, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_quiet_worker, **more
         )
 
-    def transfer_batch_to_device(self, batch: PairBatch, device: torch.device, dataloader_idx: int) -> PairBatch:
+    def transfer_batch_to_device(
+        self, batch: PairBatch | Refused, device: torch.device, dataloader_idx: int
+    ) -> PairBatch:
+        if isinstance(batch, Refused):
+            raise UserError(batch.message)
         return batch.to(device)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import subprocess
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 import rbm
@@ -38,6 +41,9 @@ from rbm.training.module import RewardModule
 log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
+
+NO_RESULT = {"threads", "data.workers", "trainer.checkpoint_every", "trainer.log_every_n_steps", "trainer.wandb"}
+"""Keys that change nothing in what is computed: a run may go on with others."""
 
 
 class Interrupted(UserError):
@@ -56,7 +62,7 @@ def train(config: DictConfig) -> Path:
     try:
         _check_claim(folder, config)
         if (finished / "config.json").exists():
-            console.print(f"{folder} is finished; its model is {finished}")
+            console.print(f"{folder} is finished; its model is {finished}", markup=False)
             return finished
         return _train(config, folder, finished)
     except OSError as error:
@@ -90,7 +96,7 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     resume = str(last) if last.exists() else None
     if resume:
         _check_checkpoint(last, data)
-        console.print(f"continuing {folder} from its last checkpoint")
+        console.print(f"continuing {folder} from its last checkpoint", markup=False)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     if trainer.global_step < trainer.max_steps:
         trainer.save_checkpoint(last, weights_only=False)
@@ -126,6 +132,8 @@ def _trainer(
         TensorBoardLogger(folder, name="logs", version=None),
     ]
     if wandb:
+        if find_spec("wandb") is None:
+            raise UserError("trainer.wandb=true needs the extra: pip install 'robot-rbm[wandb]'")
         from lightning.pytorch.loggers import WandbLogger
 
         loggers.append(WandbLogger(project="rbm", save_dir=logs))
@@ -135,7 +143,7 @@ def _trainer(
     )  # fmt: skip
     validate = options.pop("validate_every") * data.micro_batches
     has_validation = data.validation_pairs > 0
-    return L.Trainer(
+    return _checked(
         **options,
         max_epochs=-1,
         min_epochs=0,
@@ -164,6 +172,14 @@ def _claim(folder: Path, config: DictConfig) -> None:
     os.replace(part, path)
 
 
+def _checked(**options: Any) -> L.Trainer:
+    """A Trainer, or what is wrong with its options in one line."""
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"configuration of the trainer: {' '.join(str(error).split())}") from error
+
+
 def _check_claim(folder: Path, config: DictConfig) -> None:
     """Check that a run folder, if it is there, belongs to the same configuration."""
     path = folder / "config.yaml"
@@ -172,7 +188,7 @@ def _check_claim(folder: Path, config: DictConfig) -> None:
     before = plain(OmegaConf.load(path))  # type: ignore[arg-type]
     now = plain(config)
     old, new = _flat(before), _flat(now)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = sorted(key for key in (old.keys() | new.keys()) - NO_RESULT if old.get(key) != new.get(key))
     if changed:
         raise UserError(
             f"{folder} holds a run of another configuration (differs in: {', '.join(changed)}): "
@@ -191,10 +207,10 @@ def _check_checkpoint(path: Path, data: PairDataModule) -> None:
     """A checkpoint that cannot be read, or that stands on other data, is told before anything is loaded from it."""
     try:
         facts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["rbm"]
-    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+    except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} cannot be read, it may be truncated: delete it to start the run again "
-            f"({str(error).splitlines()[0]})"
+            f"({' '.join(str(error).split())[:200]})"
         ) from error
     if facts["snapshot"] != data.corpus.snapshot:
         raise UserError(
