@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from rbm.errors import UserError
 from rbm.evaluation import report as pages
-from rbm.evaluation.headline import console_table
+from rbm.evaluation.headline import HEADLINES, console_table, show
 from rbm.evaluation.results import load
 
 
@@ -85,3 +86,43 @@ def report_eval(folder: Path) -> None:
     console = Console()
     console.print(console_table(load(folder / pages.RESULTS)))
     console.print(f"report: {page}", soft_wrap=True)
+
+
+@report.command("spread")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+def report_spread(folders: tuple[Path, ...]) -> None:
+    """Headline figures over several runs, mean (lowest to highest), as a Markdown table.
+
+    \b
+    Example:
+      rbm report spread report0 report1 report2
+    """
+    runs = [read_metrics(folder / pages.METRICS) for folder in folders]
+    click.echo("| measure | target | held-out trajectories | tasks never trained on | clock |")
+    click.echo("| --- | --- | --- | --- | --- |")
+    for line in HEADLINES:
+        cells = [
+            spread([run.get(f"{group}.{line.metric}") for run in runs]) for group in ("heldout", "newtask", "clock")
+        ]
+        click.echo(f"| {line.title.strip(' …')} | {line.bound} | {' | '.join(cells)} |")
+
+
+def read_metrics(path: Path) -> dict[str, float | None]:
+    """The flat figures of a report.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no figures to read ({error}); `rbm eval report={path.parent}` makes them") from error
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """`mean (lowest to highest)` of the values that are there; one value, or equal ones, alone."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    low, high = show(min(found)), show(max(found))
+    return low if low == high else f"{show(sum(found) / len(found))} ({low} to {high})"

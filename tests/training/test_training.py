@@ -233,3 +233,25 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(dot_corpus, tmp_p
     assert f"cannot write to {folder}" in done.stderr
     assert not list(folder.rglob("*.ckpt"))
     assert train(small(folder, dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2")).exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_trajectory_stops_training_and_is_named(dot_corpus, tmp_path, workers):
+    import shutil
+
+    damaged = shutil.copytree(dot_corpus.path, tmp_path / "damaged")
+    chunk = max(damaged.glob("chunks/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    for place in range(len(data) // 8, len(data), 5000):
+        data[place] ^= 0xFF
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match="dot/move the dot") as caught:
+        train(small(tmp_path / "run", damaged, "trainer.max_steps=20", f"data.workers={workers}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_lightning_refuses_are_one_line(dot_corpus, tmp_path):
+    for option in ("trainer.precision=17", "trainer.accelerator=abacus", "trainer.wandb=true"):
+        with pytest.raises(UserError) as caught:
+            train(small(tmp_path / "run", dot_corpus.path, option))
+        assert "\n" not in str(caught.value)
