@@ -153,11 +153,11 @@ class Outcome:
 
 
 class WrongTask:
-    """A success under its instruction, and any video of another task under the same; half of them of the same scene."""
+    """A success under its instruction, and any video of another task under the same; 4 in 10 of the same scene, if it can."""
 
     name: ClassVar[str] = "wrong_task"
     wrong_instruction: ClassVar[bool] = True
-    same_scene = 0.5
+    same_scene = 0.4
 
     def __init__(self, table: Table) -> None:
         self.table = table
