@@ -119,10 +119,10 @@ class PairDataset(Dataset[PairBatch | Refused]):
         total = 0
         for number, shown in wanted.items():
             distinct = np.unique(np.concatenate(shown))
-            frames = self.corpus.frames(number, distinct)
-            if self.augment is not None:
-                frames = self.augment(frames, (self.sampler.seed, step, number))
-            stored.append(self.preprocess(frames))
+            frames = self.preprocess(self.corpus.frames(number, distinct))
+            if self.augment is not None:  # at the model's size, where it costs least
+                frames = torch.from_numpy(self.augment(frames.numpy(), (self.sampler.seed, step, number)))
+            stored.append(frames)
             place[number] = (total, distinct)
             total += len(distinct)
         ids = [place[clip.number][0] + np.searchsorted(place[clip.number][1], clip.frames) for clip, _ in clips]
