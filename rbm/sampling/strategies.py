@@ -64,10 +64,6 @@ def _between(low: Rows, high: Rows, uniform: Uniforms) -> Rows:
     return low + (uniform * (high - low)).astype(np.int64)
 
 
-def _full(n_frames: int, options: ClipOptions, draw: Draw) -> Frames:
-    return places(n_frames, options, draw)
-
-
 def lost_frames(n_frames: int) -> int:
     """How many frames a rewind or reverse takes back at least: ceil(0.1 T), one at the least."""
     return max(1, math.ceil(MIN_LOSS * n_frames - 1e-9))
@@ -128,11 +124,21 @@ class Reverse(_Undo):
         return forward[places(len(forward), options, draw)], backward[places(len(backward), options, draw)]
 
 
-class Outcome:
+class _FullLength:
+    """What outcome and grade share: both attempts are shown from their first frame to their last."""
+
+    wrong_instruction: ClassVar[bool] = False
+    table: Table
+
+    def clips(self, chosen: int, rejected: int, options: ClipOptions, draw: Draw) -> tuple[Frames, Frames]:
+        frames = self.table.n_frames
+        return places(int(frames[chosen]), options, draw), places(int(frames[rejected]), options, draw)
+
+
+class Outcome(_FullLength):
     """Drawn by the worse attempt; the better one is any of its task's better ones, messy or clean."""
 
     name: ClassVar[str] = "outcome"
-    wrong_instruction: ClassVar[bool] = False
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -147,13 +153,9 @@ class Outcome:
         worse = _pick(self.rows, uniforms[:, 0])
         return _between(self.first_better[worse], self.end_better[worse], uniforms[:, 1]), worse
 
-    def clips(self, chosen: int, rejected: int, options: ClipOptions, draw: Draw) -> tuple[Frames, Frames]:
-        frames = self.table.n_frames
-        return _full(int(frames[chosen]), options, draw), _full(int(frames[rejected]), options, draw)
-
 
 class WrongTask:
-    """A success under its instruction, and any video of another task under the same; 4 in 10 of the same scene, if it can."""
+    """A success under its instruction, and any other task's video under the same; 4 in 10 of its scene, if it can."""
 
     name: ClassVar[str] = "wrong_task"
     wrong_instruction: ClassVar[bool] = True
@@ -209,11 +211,10 @@ class WrongTask:
         return right[places(len(right), options, draw)], wrong[places(len(wrong), options, draw)]
 
 
-class Grade:
+class Grade(_FullLength):
     """Two graded attempts at one task, at least 0.2 apart; the graded rows of a task are kept sorted by grade."""
 
     name: ClassVar[str] = "grade"
-    wrong_instruction: ClassVar[bool] = False
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -233,10 +234,6 @@ class Grade:
         better = _pick(self.usable, uniforms[:, 0])
         worse = _between(self.first[better], self.end_worse[better], uniforms[:, 1])
         return self.graded[better], self.graded[worse]
-
-    def clips(self, chosen: int, rejected: int, options: ClipOptions, draw: Draw) -> tuple[Frames, Frames]:
-        frames = self.table.n_frames
-        return _full(int(frames[chosen]), options, draw), _full(int(frames[rejected]), options, draw)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

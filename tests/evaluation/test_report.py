@@ -163,3 +163,20 @@ def test_the_console_table_fits_a_terminal(evaluation: Evaluation) -> None:
     text = console.export_text()
     assert "…" not in text.replace("… of the same scene", "")
     assert "heldout" in text
+
+
+def test_spread_over_runs_is_a_markdown_table(tmp_path):
+    from click.testing import CliRunner
+
+    from rbm.evaluation.cli import report, spread
+
+    for name, value in (("a", 0.9), ("b", 0.8)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(
+            f'{{"heldout.gap": {value}, "newtask.gap": null, "clock.gap": 0.0}}'
+        )
+    done = CliRunner().invoke(report, ["spread", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "| Gap, success − failure | ≥ .60 | .850 (.800 to .900) | – | 0 |" in done.output
+    assert spread([1.0, None]) == "1.00"
+    missing = CliRunner().invoke(report, ["spread", str(tmp_path / "none")])
+    assert "no figures to read" in str(missing.exception)
