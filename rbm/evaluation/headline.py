@@ -73,7 +73,7 @@ HEADLINES = (
     Headline("instruction_margin", "Instruction margin", _NONE, False,
              "Final progress under the right instruction minus the highest under a wrong one."),
     Headline("ece", "Calibration error (last frames)", 0.10, True,
-             "Of the success probability, 15 equal bins."),
+             "Of the success probability, 10 equal bins."),
 )  # fmt: skip
 
 
