@@ -137,8 +137,8 @@ def test_default_mixture_has_its_shares():
         name: sum(pair.strategy == name for pair in pairs) / len(pairs) for name in ("outcome", "wrong_task", "rewind")
     }
     assert share["wrong_task"] >= 0.25
-    assert share["outcome"] == pytest.approx(2 / 7, abs=0.04)
-    assert share["rewind"] == pytest.approx(1 / 7, abs=0.04)
+    assert share["outcome"] == pytest.approx(4 / 9, abs=0.04)
+    assert share["rewind"] == pytest.approx(1 / 9, abs=0.04)
     firsts = sum(pair.preference == 1 for pair in pairs) / len(pairs)
     assert firsts == pytest.approx(0.5, abs=0.04)
 
