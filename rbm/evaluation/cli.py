@@ -104,7 +104,7 @@ def report_spread(folders: tuple[Path, ...]) -> None:
         cells = [
             spread([run.get(f"{group}.{line.metric}") for run in runs]) for group in ("heldout", "newtask", "clock")
         ]
-        click.echo(f"| {line.title.strip(' …')} | {line.bound} | {' | '.join(cells)} |")
+        click.echo(f"| {line.title.strip()} | {line.bound} | {' | '.join(cells)} |")
 
 
 def read_metrics(path: Path) -> dict[str, float | None]:
