@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def save(model: RewardModel, folder: str | os.PathLike[str], facts: dict[str, An
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             save_file(state, Path(scratch, WEIGHTS))
             Path(scratch, CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+            shutil.copymode(Path(scratch, CONFIG), Path(scratch, WEIGHTS))  # safetensors makes it private
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(scratch, name), target / name)
     except (OSError, SafetensorError) as error:
