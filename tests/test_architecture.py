@@ -22,7 +22,8 @@ ALLOWED = {
     "rbm.model": BASE,
     "rbm.scoring": BASE | {"rbm.model", "rbm.video", "rbm.output"},
     "rbm.training": BASE | {"rbm", "rbm.assets", "rbm.config", "rbm.corpus", "rbm.sampling", "rbm.model"},
-    "rbm.evaluation": BASE | {"rbm.assets", "rbm.config", "rbm.corpus", "rbm.model", "rbm.scoring", "rbm.output"},
+    "rbm.evaluation": BASE
+    | {"rbm.assets", "rbm.config", "rbm.corpus", "rbm.model", "rbm.scoring", "rbm.output", "rbm.video"},
     "dataset_builder": BASE | {"rbm.config", "rbm.corpus", "rbm.video"},
 }
 ENTRY_POINTS = {"rbm", "rbm.cli", "rbm.demo"}
