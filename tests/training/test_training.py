@@ -61,8 +61,9 @@ def test_four_times_eight_equals_thirty_two(dot_corpus, tmp_path):
     assert len(set(supervised)) > 1
     assert sum(supervised) == micro[0].counts.progress == whole[0].counts.progress
     expected = gradient(model, whole)
-    torch.testing.assert_close(gradient(model, micro), expected, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(gradient(model, ranks), expected, atol=1e-6, rtol=1e-4)
+    # rounding apart: a wrong count would be off by tens of per cent
+    torch.testing.assert_close(gradient(model, micro), expected, atol=5e-5, rtol=1e-3)
+    torch.testing.assert_close(gradient(model, ranks), expected, atol=5e-5, rtol=1e-3)
 
 
 def test_lightning_steps_the_same_with_and_without_accumulation(dot_corpus, tmp_path):
