@@ -76,6 +76,7 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     from rbm.evaluation.headline import console_table
     from rbm.evaluation.results import write_atomic
     from rbm.scoring import Scorer
+    from rbm.trajectory import Quality
 
     unpacked = Corpus.open(corpus)
     split = split_corpus(
@@ -91,7 +92,8 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     page = pages.write(evaluation, report)
 
     _stage(4, "Scoring a held-out video")
-    _score_one(scorer, unpacked, int(split.heldout[0]), report)
+    successes = split.heldout[unpacked.columns.quality[split.heldout] == Quality.SUCCESSFUL.rank]
+    _score_one(scorer, unpacked, int(successes[0]), report)
 
     console.print(console_table(evaluation))
     spent = {"train_seconds": round(trained - began), "total_seconds": round(time.monotonic() - began)}
