@@ -90,7 +90,7 @@ class Sampler:
             paraphrases,
         )
         if relative and self.options.shuffle:
-            raise UserError("shuffled frames have no clip-relative progress: set shuffle=0 or target=absolute")
+            raise UserError("shuffled frames have no clip-relative progress: set clips.shuffle=0 (of data) or target=absolute (of the model)")
         wanted = dict(DEFAULT_WEIGHTS if weights is None else weights)
         unknown = sorted(wanted.keys() - STRATEGIES.keys())
         if unknown:
