@@ -90,7 +90,9 @@ class Sampler:
             paraphrases,
         )
         if relative and self.options.shuffle:
-            raise UserError("shuffled frames have no clip-relative progress: set clips.shuffle=0 (of data) or target=absolute (of the model)")
+            raise UserError(
+                "shuffled frames have no clip-relative progress: set data.clips.shuffle=0 or model.target=absolute"
+            )
         wanted = dict(DEFAULT_WEIGHTS if weights is None else weights)
         unknown = sorted(wanted.keys() - STRATEGIES.keys())
         if unknown:
