@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny real corpus, a tiny real model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import moving_dot
@@ -11,6 +12,14 @@ from rbm.model import RewardModel
 from rbm.model.backbones import NanoBackbone
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indexes are mapped from a cache of this run, also in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

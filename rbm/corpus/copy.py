@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from rich.progress import Progress
 
 from rbm.corpus import store
 from rbm.corpus.codecs import ClipCodec, make_codec
+from rbm.corpus.location import Location
 from rbm.corpus.lock import WriterLock
 from rbm.corpus.payload import Packed, Payload, repack
 from rbm.corpus.reader import Corpus
@@ -43,15 +45,17 @@ def copy_corpus(
     if size is not None and (codec is None or size < 1):
         raise UserError(f"copying with frame size {size} needs a size of at least 1 and a codec (jpeg or h264)")
     old = source if isinstance(source, Corpus) else Corpus.open(source)
-    place = store.absolute(destination)
+    place = Location.parse(destination).local
+    if place is None:
+        raise UserError(f"a copy is made in a local directory, not at {destination}: use `rbm corpus merge` for a URL")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} exists already: give a new directory for the copy")
     new_codec = None if codec is None else make_codec(codec)
     numbers = list(range(len(old))) if rows is None else [int(row) for row in rows]
     partial = place.with_name(f".{place.name}.partial")
-    with store.writable(place):
+    with store.writable(Location.parse(place)):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with WriterLock(place):
+        with WriterLock(Location.parse(place)):
             try:
                 shutil.rmtree(partial, ignore_errors=True)  # what a killed copy left
                 _write(old, partial, new_codec, size, numbers, progress)
@@ -74,12 +78,23 @@ def _write(
         for row in rows:
             payload = old.payload(row)
             if codec is None:
-                payload.verify()
-                writer.add_packed(Packed(payload.head.trajectory, payload.data.tobytes(), payload.head.views[0].codec))
+                writer.add_packed(as_packed(payload))
             else:
                 writer.add_packed(_transcode(payload, codec, size))
             if progress is not None and bar is not None:
                 progress.advance(bar)
+
+
+def as_packed(payload: Payload) -> Packed:
+    """A payload as it is, for another corpus.
+
+    Raises:
+        CorruptPayload: a checksum does not match.
+    """
+    whole = Payload(np.frombuffer(payload.data.tobytes(), np.uint8), payload.name)
+    whole.verify()
+    head = whole.head
+    return Packed(head.trajectory, whole.data.tobytes(), head.views[0].codec, head.content)
 
 
 def _transcode(payload: Payload, codec: ClipCodec, size: int | None) -> Packed:

@@ -7,8 +7,9 @@ order in which they were written; code numbers (`task`, `source`, `embodiment`) 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class Columns:
         messy, dense, is_robot, is_sim: bool; `dense` = has progress labels.
         partial_success: float32, graded outcome; nan = none.
         embodiment: int16, row in the embodiment table.
+        content: uint64, hash of the stored frames (`Head.content`): equal for copies; 0 = unknown.
         segment: int32; offset, length: int64. Where the payload lies.
     """
 
@@ -47,6 +49,7 @@ class Columns:
     embodiment: NDArray[np.int16]
     is_robot: NDArray[np.bool_]
     is_sim: NDArray[np.bool_]
+    content: NDArray[np.uint64]
     segment: NDArray[np.int32]
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
@@ -88,48 +91,108 @@ class CSR:
         return self.order[self.indptr[key] : self.indptr[key + 1]]
 
 
-class Ids:
-    """The ids of all trajectories, as one UTF-8 heap: a string is made only when it is asked for.
+@dataclass(frozen=True)
+class Names:
+    """Where strings stand by their hash: 64-bit hashes, rising, and the row of each. `build` hashes them all."""
 
-    `find` hashes all ids the first time that it is called, 64 bits each.
-    """
+    hashes: NDArray[np.uint64]
+    rows: NDArray[np.int32]
 
-    def __init__(self, heap: NDArray[np.uint8], end: NDArray[np.int64]) -> None:
-        self._heap = heap
-        self._end = end
-        self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+    @classmethod
+    def build(cls, heap: NDArray[np.uint8], end: NDArray[np.int64]) -> Names:
+        """Of the strings heap[end[i-1]:end[i]]."""
+        data = np.ascontiguousarray(heap).data
+        ends = end.tolist()
+        pieces = (data[start:stop] for start, stop in zip([0, *ends], ends, strict=False))
+        hashes = np.fromiter((_hash(piece) for piece in pieces), np.uint64, len(ends))
+        order = np.argsort(hashes, kind="stable")
+        return cls(hashes[order], order.astype(np.int32))
+
+    def candidates(self, raw: bytes) -> Iterator[int]:
+        """Rows whose string may be `raw`: nearly always one or none."""
+        wanted = _hash(raw)
+        place = int(np.searchsorted(self.hashes, np.uint64(wanted)))
+        while place < len(self.hashes) and int(self.hashes[place]) == wanted:
+            yield int(self.rows[place])
+            place += 1
+
+
+class Ids(Sequence[str]):
+    """The ids of all trajectories, as one UTF-8 heap: a string is made only when it is asked for."""
+
+    def __init__(self, heap: NDArray[np.uint8], end: NDArray[np.int64], names: Names) -> None:
+        self._heap, self._end, self._names = heap, end, names
 
     def __len__(self) -> int:
         return len(self._end)
 
-    def __getitem__(self, row: int) -> str:
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(f"trajectory number {row} of {len(self)}")
-        return self._bytes(row).decode("utf-8")
+        return string_at(self._heap, self._end, row).decode("utf-8")
 
     def __iter__(self) -> Iterator[str]:
-        for row in range(len(self)):
-            yield self._bytes(row).decode("utf-8")
+        for first in range(0, len(self), _STRINGS_AT_ONCE):
+            yield from strings(self._heap, self._end, first, min(first + _STRINGS_AT_ONCE, len(self)))
 
     def find(self, id: str) -> int | None:
         """Trajectory number of an id, or None."""
-        if self._sorted is None:
-            hashes = np.fromiter((_hash(self._bytes(row)) for row in range(len(self))), np.uint64, len(self))
-            order = np.argsort(hashes, kind="stable")
-            self._sorted = hashes[order], order
-        hashes, order = self._sorted
         raw = id.encode("utf-8", "surrogatepass")
-        place = int(np.searchsorted(hashes, np.uint64(_hash(raw))))
-        while place < len(hashes) and int(hashes[place]) == _hash(raw):
-            if self._bytes(int(order[place])) == raw:
-                return int(order[place])
-            place += 1
+        for row in self._names.candidates(raw):
+            if string_at(self._heap, self._end, row) == raw:
+                return row
         return None
 
-    def _bytes(self, row: int) -> bytes:
-        start = int(self._end[row - 1]) if row else 0
-        return self._heap[start : int(self._end[row])].tobytes()
+    def find_many(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Trajectory number of each id, -1 where there is none: int64 (n,)."""
+        found = np.full(len(ids), -1, np.int64)
+        for first in range(0, len(ids) if len(self) else 0, _STRINGS_AT_ONCE):
+            raw = [id.encode("utf-8", "surrogatepass") for id in ids[first : first + _STRINGS_AT_ONCE]]
+            hashes = np.fromiter((_hash(item) for item in raw), np.uint64, len(raw))
+            place = np.minimum(np.searchsorted(self._names.hashes, hashes), len(self) - 1)
+            rows = self._names.rows[place].astype(np.int64)
+            rows[self._names.hashes[place] != hashes] = -1
+            for number in np.flatnonzero((rows >= 0) & ~self._equal(rows, raw)).tolist():
+                rows[number] = -1 if (row := self.find(ids[first + number])) is None else row  # two of one hash
+            found[first : first + len(raw)] = rows
+        return found
+
+    def _equal(self, rows: NDArray[np.int64], raw: list[bytes]) -> NDArray[np.bool_]:
+        """Whether the string of each row (-1: of none) is this one."""
+        start = np.where(rows > 0, self._end[np.maximum(rows - 1, 0)], 0)
+        sizes = np.fromiter(map(len, raw), np.int64, len(raw))
+        equal = (rows >= 0) & (self._end[rows] - start == sizes)
+        sizes = np.where(equal, sizes, 0)
+        text = np.frombuffer(b"".join(item for item, kept in zip(raw, equal.tolist(), strict=True) if kept), np.uint8)
+        owner = np.repeat(np.arange(len(raw)), sizes)
+        at = np.arange(len(text)) + (start - (np.cumsum(sizes) - sizes))[owner]
+        equal[owner[self._heap[at] != text]] = False
+        return equal
 
 
-def _hash(raw: bytes) -> int:
+_STRINGS_AT_ONCE = 1 << 14
+
+
+def string_at(heap: NDArray[np.uint8], end: NDArray[np.int64], row: int) -> bytes:
+    """String `row` of a heap, as UTF-8."""
+    start = int(end[row - 1]) if row else 0
+    return heap[start : int(end[row])].tobytes()
+
+
+def strings(heap: NDArray[np.uint8], end: NDArray[np.int64], first: int, stop: int) -> Iterator[str]:
+    """Strings `first` to `stop` - 1 of a heap."""
+    origin = int(end[first - 1]) if first else 0
+    ends = (end[first:stop] - origin).tolist()
+    data = heap[origin : origin + (ends[-1] if ends else 0)].tobytes()
+    for start, last in zip([0, *ends], ends, strict=False):
+        yield data[start:last].decode("utf-8")
+
+
+def _hash(raw: bytes | memoryview) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")

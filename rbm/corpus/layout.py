@@ -40,6 +40,7 @@ COLUMNS: dict[str, str] = {
     "embodiment": "int16",
     "is_robot": "bool",
     "is_sim": "bool",
+    "content": "uint64",
     "segment": "int32",
     "offset": "int64",
     "length": "int64",

@@ -7,10 +7,12 @@ whoever reads it, and a payload can be read without the corpus around it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import google_crc32c
 import numpy as np
@@ -43,6 +45,18 @@ _PLAIN_FIELDS = (
 )
 _ZSTD_LEVEL = 5
 _MAX_PART = 2**32 - 1
+_HEAD_GUESS = 8 << 10
+"""Nearly every head fits; a longer one (many views) costs a second read."""
+
+
+class Stored(Protocol):
+    """The bytes of a payload, wherever they are: a uint8 array, or something that reads what is sliced out of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Bytes: ...
+
+    def tobytes(self) -> bytes: ...
 
 
 class CorruptPayload(UserError):
@@ -59,11 +73,19 @@ class CorruptPayload(UserError):
 
 @dataclass(frozen=True)
 class Packed:
-    """A trajectory ready to be written: its record (without a reader), its payload, its clips' codec."""
+    """A trajectory ready to be written.
+
+    Attributes:
+        trajectory: its record, without a reader.
+        payload: its bytes.
+        codec: of its clips.
+        content: hash of its stored frames (`Head.content`).
+    """
 
     trajectory: Trajectory
     payload: bytes
     codec: str
+    content: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,12 @@ class Head:
     ends: NDArray[np.int64]
     crcs: NDArray[np.uint32]
 
+    @property
+    def content(self) -> int:
+        """64-bit hash of the stored frames of all views, by their sizes and checksums: copies of a clip share it."""
+        parts = sum(view.count for view in self.views)
+        return content_hash(np.diff(self.ends[: parts + 1]).astype(np.uint32), self.crcs[:parts])
+
 
 def pack(
     trajectory: Trajectory,
@@ -134,7 +162,14 @@ def pack(
         entry, data = _pack_array(trajectory.id, name, array)
         sides.append(entry)
         parts.append(data)
-    return Packed(replace(trajectory, reader=None), _assemble(trajectory, views, sides, parts), clip_codec.name)
+    payload, content = _assemble(trajectory, views, sides, parts)
+    return Packed(replace(trajectory, reader=None), payload, clip_codec.name, content)
+
+
+def content_hash(sizes: NDArray[np.uint32], crcs: NDArray[np.uint32]) -> int:
+    """Hash of clips from the sizes and CRC-32Cs of their parts, uint32 (P,) each; never 0, which means unknown."""
+    raw = sizes.astype("<u4").tobytes() + crcs.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") or 1
 
 
 def repack(payload: Payload, clips: Mapping[str, NDArray[np.uint8]], codec: str | ClipCodec) -> Packed:
@@ -145,45 +180,57 @@ def repack(payload: Payload, clips: Mapping[str, NDArray[np.uint8]], codec: str 
     return pack(record, clips, {entry.name: payload.array(entry.name) for entry in payload.head.arrays}, codec)
 
 
-def parse_head(data: Bytes, name: str, length: int, reader: ClipReader | None = None) -> Head:
-    """Read the head at the start of `data`; `length` is the whole payload's, `name` stands in errors.
+def read_head(data: Stored, name: str, reader: ClipReader | None = None) -> Head:
+    """Read and check the head at the start of a payload, and no more of it; `name` stands in errors.
 
     Raises:
         CorruptPayload: magic, sizes or checksum do not hold. UserError: written by a newer version.
     """
-    if len(data) < PREFIX.size:
+    first = data[:_HEAD_GUESS]
+    if len(first) < PREFIX.size:
         raise CorruptPayload(name, "its header is cut short")
-    magic, head_bytes, json_bytes, crc = PREFIX.unpack(data[: PREFIX.size].tobytes())
+    magic, head_bytes, json_bytes, crc = PREFIX.unpack(first[: PREFIX.size].tobytes())
     if magic != MAGIC:
         raise CorruptPayload(name, "no payload starts where the index says")
     start = PREFIX.size
     if head_bytes + start > len(data) or json_bytes > head_bytes:
         raise CorruptPayload(name, "its header has impossible sizes")
-    if _head_crc(data[: start - 4], data[start : start + head_bytes]) != crc:
+    if head_bytes + start > len(first):
+        first = data[: head_bytes + start]
+    if _head_crc(first[: start - 4], first[start : start + head_bytes]) != crc:
         raise CorruptPayload(name, "the checksum of its header does not match")
-    facts = json.loads(data[start : start + json_bytes].tobytes())
+    facts = json.loads(first[start : start + json_bytes].tobytes())
     if facts["version"] > VERSION:
         raise UserError(
             f"trajectory {name!r} was written by a newer rbm (payload version {facts['version']}, "
             f"this one reads up to {VERSION}): upgrade robot-rbm"
         )
-    tables = data[start + json_bytes : start + head_bytes]
+    tables = first[start + json_bytes : start + head_bytes]
     head = _parse_tables(facts, tables, start + head_bytes, reader)
-    if head.ends[-1] != length:
-        raise CorruptPayload(name, f"it is {length} bytes long, its header says {head.ends[-1]}")
+    if head.ends[-1] != len(data):
+        raise CorruptPayload(name, f"it is {len(data)} bytes long, its header says {head.ends[-1]}")
     return head
 
 
 class Payload:
-    """One payload in memory; decodes what is asked for and checks each part that it touches."""
+    """One payload; decodes what is asked for, and reads and checks the parts that this takes.
 
-    def __init__(self, data: Bytes, name: str, reader: ClipReader | None = None) -> None:
+    Raises:
+        CorruptPayload, UserError: as `read_head`.
+    """
+
+    def __init__(self, data: Stored, name: str, reader: ClipReader | None = None) -> None:
         self.name = name
         self.data = data
-        self.head = parse_head(data, name, len(data), reader)
+        self.head = read_head(data, name, reader)
 
-    def frames(self, indices: NDArray[np.integer] | None = None, view: str | None = None) -> NDArray[np.uint8]:
+    def frames(
+        self, indices: NDArray[np.integer] | None = None, view: str | None = None, min_side: int | None = None
+    ) -> NDArray[np.uint8]:
         """Stored frames, uint8 (T, H, W, 3), RGB, in the order asked for; repeats are allowed.
+
+        With `min_side` the frames may come smaller, where the codec decodes such faster, with a short side of at
+        least so many pixels.
 
         Raises:
             CorruptPayload: naming the frame. UserError: no such view. IndexError: no such frame.
@@ -197,7 +244,11 @@ class Payload:
         unique, back = np.unique(asked, return_inverse=True)
         try:
             decoded = codec.decode(
-                lambda part: self._part(entry.first + part, _part_name(entry, part)), unique, entry.height, entry.width
+                lambda part: self._part(entry.first + part, _part_name(entry, part)),
+                unique,
+                entry.height,
+                entry.width,
+                min_side,
             )
         except BrokenPart as error:
             raise CorruptPayload(self.name, f"{_part_name(entry, error.part)} {error.reason}") from error
@@ -295,7 +346,8 @@ def _pack_array(trajectory: str, name: str, array: NDArray) -> tuple[dict[str, o
 
 def _assemble(
     trajectory: Trajectory, views: list[dict[str, object]], arrays: list[dict[str, object]], parts: list[bytes]
-) -> bytes:
+) -> tuple[bytes, int]:
+    """The payload, and the hash of its clips."""
     if any(len(part) > _MAX_PART for part in parts):
         raise UserError(f"trajectory {trajectory.id!r}: one clip or array is over 4 GiB")
     facts: dict[str, object] = {name: _plain(getattr(trajectory, name)) for name in _PLAIN_FIELDS}
@@ -308,12 +360,15 @@ def _assemble(
     tables = [trajectory.frame_index.astype("<i4").tobytes(), trajectory.timestamp.astype("<f4").tobytes()]
     if trajectory.progress is not None:
         tables.append(trajectory.progress.astype("<f4").tobytes())
-    tables.append(np.array([len(part) for part in parts], "<u4").tobytes())
-    tables.append(np.array([google_crc32c.value(part) for part in parts], "<u4").tobytes())
+    sizes = np.array([len(part) for part in parts], "<u4")
+    crcs = np.array([google_crc32c.value(part) for part in parts], "<u4")
+    tables += [sizes.tobytes(), crcs.tobytes()]
+    clips = len(parts) - len(arrays)
     head = text + b"".join(tables)
     prefix = PREFIX.pack(MAGIC, len(head), len(text), 0)[:-4]
     crc = google_crc32c.extend(google_crc32c.value(prefix), head)
-    return b"".join([prefix, struct.pack("<I", crc), head, *parts])
+    whole = b"".join([prefix, struct.pack("<I", crc), head, *parts])
+    return whole, content_hash(sizes[:clips], crcs[:clips])
 
 
 def _parse_tables(facts: dict, tables: Bytes, start: int, reader: ClipReader | None) -> Head:

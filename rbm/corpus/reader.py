@@ -1,4 +1,4 @@
-"""Reading a corpus: columns in memory, frames on demand, one slice of one array a trajectory."""
+"""Reading a corpus: columns mapped, frames on demand, and of a trajectory only the bytes that it takes."""
 
 from __future__ import annotations
 
@@ -6,80 +6,85 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import icechunk
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from rbm.corpus import layout, store
+from rbm.corpus import cache, layout, store
+from rbm.corpus.chunks import ShardFiles, shard_table
 from rbm.corpus.codecs import Bytes
-from rbm.corpus.index import CSR, Columns, Ids
-from rbm.corpus.payload import CorruptPayload, Head, Payload, parse_head
-from rbm.corpus.tables import SourceInfo, sources_from_json, unpack_tasks
+from rbm.corpus.index import CSR, Columns, Ids, Names
+from rbm.corpus.location import Location
+from rbm.corpus.payload import CorruptPayload, Head, Payload, read_head
+from rbm.corpus.retry import read_session, reason
+from rbm.corpus.tables import SourceInfo, Tasks, scan_tasks, sources_from_json
 from rbm.errors import UserError
-from rbm.trajectory import Quality, Task, Trajectory
+from rbm.trajectory import Quality, Trajectory
 
-_HEAD_GUESS = 8 << 10
-"""Nearly every head fits; a longer one (many views) costs a second read."""
+INDEX_ARRAYS = (layout.ID_HEAP, layout.ID_END, layout.TASK_HEAP, layout.TASK_END)
+"""What is read of a snapshot besides its columns."""
+
+
+class DamagedIndex(UserError):
+    """The index of a snapshot is damaged, or a part of it gone. (A store that can not be reached is another error.)"""
 
 
 class Corpus:
     """One snapshot of a corpus, read-only. Make it with `Corpus.open`.
 
-    Pickling carries the path and the snapshot: another process opens the corpus for itself (start
-    processes with `spawn`: Icechunk does not survive a fork). Nothing per frame is kept in memory.
+    Everything below is mapped from a local cache (`rbm.corpus.cache`) and shared by all processes. Pickling carries
+    the place and the snapshot: another process maps the same files. Payloads of a local corpus are read from its
+    files directly; those of a remote one through Icechunk, which does not survive a fork (use `spawn` or `forkserver`).
 
     Attributes:
-        path: absolute. snapshot: the Icechunk snapshot id, to be kept with whatever is made from the corpus.
+        location: a local directory or a URL.
+        snapshot: the Icechunk snapshot id, to be kept with whatever is made from the corpus.
         columns: numeric facts of all trajectories. ids: their ids, as a sequence.
-        tasks, embodiments: tuples that code numbers in `columns` point into.
+        tasks: the task table, a sequence that `columns.task` numbers point into. embodiments: a tuple, likewise.
+        scenes: names; task_scene: int32 (tasks,), each task's place among them, -1 = none.
         sources: by name, in the order of their numbers.
+        by_task_quality: trajectory numbers grouped by task and outcome, so that a partner for a pair is found in O(1).
     """
 
-    def __init__(self, path: Path, snapshot: str, root: zarr.Group) -> None:
-        self.path = path
+    def __init__(self, location: Location, snapshot: str, index: cache.Index) -> None:
+        arrays, facts = index.arrays, index.facts
+        self.location = location
         self.snapshot = snapshot
-        self._root = root
-        self._attributes: dict[str, Any] = dict(root.attrs)
-        self.columns = read_columns(root)
-        self.ids = read_ids(root)
-        self.tasks: tuple[Task, ...] = read_tasks(root)
+        self._attributes: dict[str, Any] = facts["attributes"]
+        self.columns = Columns(**{field.name: arrays[field.name] for field in fields(Columns)})
+        self.ids = Ids(arrays[layout.ID_HEAP], arrays[layout.ID_END], Names(arrays["id_hash"], arrays["id_row"]))
+        self.tasks = Tasks(
+            arrays[layout.TASK_HEAP], arrays[layout.TASK_END], Names(arrays["task_hash"], arrays["task_row"])
+        )
+        self.task_scene: NDArray[np.int32] = arrays["task_scene"]
+        self.scenes: tuple[str, ...] = tuple(facts["scenes"])
+        self.by_task_quality = CSR(arrays["group_end"], arrays["group_rows"])
         self.sources: dict[str, SourceInfo] = sources_from_json(self._attributes["sources"])
         self.embodiments: tuple[str, ...] = tuple(self._attributes["embodiments"])
+        self._files = ShardFiles(location, arrays["shard_key"], arrays["shard_file"])
+        self._root: zarr.Group | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], snapshot: str | None = None) -> Corpus:
-        """Open the newest snapshot, or the one given.
+    def open(cls, place: str | os.PathLike[str] | Location, snapshot: str | None = None) -> Corpus:
+        """Open the newest snapshot of the corpus at a path or URL, or the one with this id or tag.
 
         Raises:
             UserError: no corpus there, a newer format, another program's repository, no such snapshot.
         """
-        where = store.absolute(path)
-        repository = store.open_repository(where)
-        with store.readable(where):
-            head = store.head(repository)
-        try:
-            session = repository.readonly_session(snapshot_id=snapshot or head)
-        except store.STORE_ERRORS as error:
-            reason = store.first_line(error)
-            raise UserError(f"corpus {where}: snapshot {snapshot!r} can not be opened: {reason}") from error
-        with store.readable(where):
-            root = store.open_root(session.store, where)
-            if root is None:
-                raise UserError(f"corpus {where}: nothing has been committed to it yet: run its build again")
-            try:
-                return cls(where, session.snapshot_id, root)
-            except (ValueError, KeyError) as error:  # ValueError: zarr, a checksum in the index
-                raise UserError(
-                    f"corpus {where}: the index of snapshot {session.snapshot_id} is damaged ({error}): "
-                    "open an earlier snapshot, or build it again"
-                ) from error
+        location = Location.parse(place)
+        if snapshot is not None and store.has_snapshot(location, snapshot):
+            index = cache.load(snapshot)
+            if index is not None:
+                return cls(location, snapshot, index)
+        repository = store.open_repository(location)
+        wanted = store.resolve(repository, location, snapshot)
+        return cls(location, wanted, cache.load_or_make(wanted, lambda: read_index(repository, location, wanted)))
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return Corpus.open, (str(self.path), self.snapshot)
+    def __reduce__(self) -> tuple[Any, tuple[Location, str]]:
+        return Corpus.open, (self.location, self.snapshot)
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -90,8 +95,7 @@ class Corpus:
         Raises:
             IndexError: no such number. CorruptPayload: its header is damaged.
         """
-        row = self._number(row)
-        return self._head(row).trajectory
+        return self._head(self._number(row)).trajectory
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[row] for row in range(len(self)))
@@ -104,37 +108,52 @@ class Corpus:
         """Trajectory number of an id. Raises UserError: no trajectory has it."""
         row = self.ids.find(id)
         if row is None:
-            raise UserError(f"corpus {self.path}: no trajectory has the id {id!r}")
+            raise UserError(f"corpus {self.location}: no trajectory has the id {id!r}")
         return row
 
     def task_number(self, text: str) -> int:
         """Row of the task table. Raises UserError: no task has this text (says which are close)."""
-        return _lookup(self._task_numbers, text, f"corpus {self.path}: no task")
-
-    @cached_property
-    def by_task_quality(self) -> CSR:
-        """Trajectory numbers grouped by task and outcome, so that a partner for a pair is found in O(1)."""
-        return CSR.build(self.columns.task, self.columns.quality, len(self.tasks))
+        number = self.tasks.find(text)
+        if number is None:
+            names = {task.text: row for row, task in enumerate(self.tasks)}
+            return _lookup(names, text, f"corpus {self.location}: no task")
+        return number
 
     def payload(self, row: int) -> Payload:
-        """Everything stored of one trajectory in one read: frames, side arrays, record.
+        """Everything stored of one trajectory: frames, side arrays, record.
 
         Raises:
             CorruptPayload: its bytes are damaged or missing.
         """
         row = self._number(row)
-        data = self._read(row, 0, int(self.columns.length[row]))
-        return Payload(data, self.ids[row], _Reader(self, row))
+        data = _Extent(self, row)
+        return Payload(data if self._files.local else data[:], self.ids[row], _Reader(self, row))
+
+    def payload_bytes(self, row: int, size: int | None = None) -> Bytes:
+        """The bytes of a payload (the first `size` of them), uint8, fetched at once; nothing in them is looked at.
+
+        Raises:
+            CorruptPayload: they are missing.
+        """
+        row = self._number(row)
+        return self._read(row, 0, int(self.columns.length[row]) if size is None else size)
 
     def frames(
-        self, row: int, indices: NDArray[np.integer] | None = None, view: str | None = None
+        self,
+        row: int,
+        indices: NDArray[np.integer] | None = None,
+        view: str | None = None,
+        min_side: int | None = None,
     ) -> NDArray[np.uint8]:
         """Stored frames `indices` (default all) of a view (default the first): uint8 (T, H, W, 3), RGB.
+
+        With `min_side` the frames may come smaller, where that decodes faster, with a short side of at least so
+        many pixels (a model that looks at 112 pixels need not decode 240).
 
         Raises:
             CorruptPayload: names the trajectory and the frame. IndexError, UserError: no such frame or view.
         """
-        return self.payload(row).frames(indices, view)
+        return self.payload(row).frames(indices, view, min_side)
 
     def progress(self, row: int) -> NDArray[np.float32] | None:
         """Dense progress labels, float32 (T,), or None; reads the header only."""
@@ -185,48 +204,35 @@ class Corpus:
             for number, task in enumerate(self.tasks)
         }
         return {
-            "path": str(self.path),
+            "path": str(self.location),
             "snapshot": self.snapshot,
             "version": self._attributes["version"],
             "trajectories": len(self),
             "frames": int(columns.n_frames.sum(dtype=np.int64)),
             "bytes": int(columns.length.sum()),
             "codecs": list(self._attributes["codecs"]),
-            "segments": int(self._attributes["segments"]),
+            "segments": len(np.unique(columns.segment)),
             "by_quality": qualities,
             "by_source": _counts(columns.source, tuple(self.sources)),
             "by_embodiment": _counts(columns.embodiment, self.embodiments),
             "by_task": by_task,
-            "scenes": len({task.scene for task in self.tasks if task.scene}),
+            "scenes": len(self.scenes),
             "messy": int(columns.messy.sum()),
             "dense": int(columns.dense.sum()),
             "facts": self._attributes.get("facts", {}),
         }
 
-    @cached_property
-    def _task_numbers(self) -> dict[str, int]:
-        return {task.text: number for number, task in enumerate(self.tasks)}
-
     def _number(self, row: int) -> int:
         number = int(row) + len(self) if row < 0 else int(row)
         if not 0 <= number < len(self):
-            raise IndexError(f"trajectory number {row}, the corpus {self.path} has {len(self)}")
+            raise IndexError(f"trajectory number {row}, the corpus {self.location} has {len(self)}")
         return number
 
     def _head(self, row: int) -> Head:
-        length = int(self.columns.length[row])
-        data = self._read(row, 0, min(length, _HEAD_GUESS))
-        name = self.ids[row]
-        try:
-            return parse_head(data, name, length, _Reader(self, row))
-        except CorruptPayload:
-            if len(data) == length:
-                raise
-        return parse_head(self._read(row, 0, length), name, length, _Reader(self, row))
+        return read_head(_Extent(self, row), self.ids[row], _Reader(self, row))
 
     def _read(self, row: int, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of one payload."""
-        store.check_runtime(self.path)
         segment = int(self.columns.segment[row])
         first = int(self.columns.offset[row]) + start
         last = int(self.columns.offset[row]) + stop
@@ -234,17 +240,44 @@ class Corpus:
         while first < last:
             shard, at = divmod(first, layout.SHARD_BYTES)
             size = min(last - first, layout.SHARD_BYTES - at)
-            key = layout.shard_key(segment, shard)
             try:
-                piece = store.read_range(self._root, key, at, at + size)
-            except store.STORE_ERRORS as error:
-                reason = store.first_line(error)
-                raise CorruptPayload(self.ids[row], f"{key} can not be read: {reason}") from error
+                piece = self.read_shard(segment, shard, at, size)
+            except (OSError, *store.STORE_ERRORS) as error:
+                where = layout.shard_key(segment, shard)
+                raise CorruptPayload(self.ids[row], f"{where} can not be read: {reason(error)}") from error
             if piece is None or len(piece) != size:
-                raise CorruptPayload(self.ids[row], f"{key} is {'missing' if piece is None else 'cut short'}")
+                where = layout.shard_key(segment, shard)
+                raise CorruptPayload(self.ids[row], f"{where} is {'missing' if piece is None else 'cut short'}")
             pieces.append(piece)
             first += size
         return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
+
+    def read_shard(self, segment: int, shard: int, at: int, size: int) -> bytes | None:
+        """Bytes [at, at + size) of one shard, fewer where it ends before; None where there is none."""
+        if self._files.holds(segment, shard):
+            return self._files.read(segment, shard, at, size)
+        store.check_runtime(self.location)
+        if self._root is None:
+            self._root = _open_root(store.open_repository(self.location), self.location, self.snapshot)
+        return store.read_range(self._root, layout.shard_key(segment, shard), at, at + size)
+
+
+class _Extent:
+    """The bytes of one trajectory's payload; what is sliced out of it is read then."""
+
+    def __init__(self, corpus: Corpus, row: int) -> None:
+        self._corpus, self._row = corpus, row
+        self._length = int(corpus.columns.length[row])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Bytes:
+        start, stop, _ = part.indices(self._length)
+        return self._corpus._read(self._row, start, max(start, stop))
+
+    def tobytes(self) -> bytes:
+        return self[:].tobytes()
 
 
 @dataclass(frozen=True)
@@ -264,16 +297,47 @@ class _Reader:
         return tuple(entry.name for entry in self.corpus._head(self.row).arrays)
 
 
-def read_columns(root: zarr.Group) -> Columns:
-    return Columns(**{field.name: store.column(root, field.name) for field in fields(Columns)})
+def _open_root(repository: icechunk.Repository, location: Location, snapshot: str) -> zarr.Group:
+    with store.readable(location):
+        root = store.open_root(read_session(repository, snapshot, location), location)
+    if root is None:
+        raise _nothing_committed(location)
+    return root
 
 
-def read_ids(root: zarr.Group) -> Ids:
-    return Ids(store.column(root, layout.ID_HEAP), store.column(root, layout.ID_END))
+def _nothing_committed(location: Location) -> UserError:
+    return UserError(f"corpus {location}: nothing has been committed to it yet: run its build again")
 
 
-def read_tasks(root: zarr.Group) -> tuple[Task, ...]:
-    return unpack_tasks(store.column(root, layout.TASK_HEAP), store.column(root, layout.TASK_END))
+def read_index(repository: icechunk.Repository, location: Location, snapshot: str) -> cache.Index:
+    """Everything of a snapshot but its payloads, and what is derived from it to find things fast; not from the cache.
+
+    Raises:
+        DamagedIndex: it can not be read. UserError: nothing was committed, or the storage fails.
+    """
+    try:
+        root = store.open_root(read_session(repository, snapshot, location), location)
+        if root is None:
+            raise _nothing_committed(location)
+        arrays = {name: store.column(root, name) for name in (*layout.COLUMNS, *INDEX_ARRAYS)}
+        columns = Columns(**{field.name: arrays[field.name] for field in fields(Columns)})
+        ids = Names.build(arrays[layout.ID_HEAP], arrays[layout.ID_END])
+        texts, scenes, task_scene = scan_tasks(arrays[layout.TASK_HEAP], arrays[layout.TASK_END])
+        groups = CSR.build(columns.task, columns.quality, len(task_scene))
+    except (ValueError, KeyError, *store.STORE_ERRORS) as error:  # ValueError: zarr, a checksum in the index
+        if "Permission denied" in reason(error):
+            raise UserError(f"corpus {location}: can not be read: {reason(error)}") from error
+        raise DamagedIndex(
+            f"corpus {location}: the index of snapshot {snapshot} is damaged ({reason(error)}): run "
+            "`rbm corpus check --repair` on it, open an earlier snapshot, or build it again"
+        ) from error
+    keys, files = shard_table(repository, location, snapshot)
+    arrays |= {
+        "id_hash": ids.hashes, "id_row": ids.rows, "task_hash": texts.hashes, "task_row": texts.rows,
+        "task_scene": task_scene, "group_end": groups.indptr, "group_rows": groups.order,
+        "shard_key": keys, "shard_file": files,
+    }  # fmt: skip
+    return cache.Index(arrays, {"attributes": dict(root.attrs), "scenes": list(scenes)})
 
 
 def _several(value: Any) -> list[Any]:

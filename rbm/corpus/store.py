@@ -7,10 +7,11 @@ lock answers that), and its Rust runtime does not survive a fork.
 
 from __future__ import annotations
 
+import math
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import icechunk
@@ -22,19 +23,22 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from rbm.corpus.layout import BRANCH, FORMAT, INDEX_GROUP, VERSION
+from rbm.corpus.layout import BRANCH, FORMAT, INDEX_GROUP, SEGMENT_GROUP, VERSION
+from rbm.corpus.location import Location
+from rbm.corpus.retry import connect, create, patient, read_session, reason, retrying
 from rbm.errors import UserError
 
 STORE_ERRORS = (IcechunkError, OSError, zarr.errors.BaseZarrError)
 """What reading or writing through zarr and Icechunk raises when the storage fails."""
 
-_CAUSE = re.compile(r"\s*(?:x|\||[`|]->)\s+(?!\d+: |context|at |with )(\S.*)")
-"""A line of Icechunk's drawing that holds a cause, and not the place in its code."""
+PAYLOAD_FOLDERS = ("chunks",)
+COMMIT_FOLDERS = ("manifests", "snapshots", "transactions", f"refs/branch.{BRANCH}")
+"""What a commit writes, in a local repository."""
 
 _REPOSITORY_FOLDERS = ("refs", "snapshots")
 
 if "ICECHUNK_LOG" not in os.environ:
-    icechunk.set_logs_filter("error")
+    icechunk.set_logs_filter("error,icechunk::repository=off")  # it colours what we say ourselves
 
 
 class _Runtime:
@@ -51,45 +55,87 @@ class _Runtime:
 os.register_at_fork(after_in_child=_Runtime.after_fork)
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
 def is_repository(path: Path) -> bool:
     return all((path / name).is_dir() for name in _REPOSITORY_FOLDERS)
 
 
-def check_runtime(path: Path) -> None:
+def check_runtime(location: Location) -> None:
     """Raises UserError where the next call into Icechunk would wait for ever."""
     if _Runtime.lost:
         raise UserError(
-            f"corpus {path}: this process was forked after a corpus had been opened, and Icechunk does not survive "
-            "that: start processes with multiprocessing's 'spawn' (DataLoader: multiprocessing_context='spawn')"
+            f"corpus {location}: this process was forked after a corpus had been opened, and Icechunk does not survive "
+            "that: start processes with multiprocessing's 'spawn' or 'forkserver'"
         )
     _Runtime.started = True
 
 
-def open_repository(path: Path) -> icechunk.Repository:
-    """The repository at an existing local directory.
+def open_repository(location: Location) -> icechunk.Repository:
+    """The repository at a location.
 
     Raises:
         UserError: nothing is there, or something else.
     """
-    if not path.exists():
-        raise UserError(f"corpus {path}: no such directory")
-    if not path.is_dir():
-        raise UserError(f"corpus {path}: is a file, a corpus is a directory")
-    if not is_repository(path):
-        what = "holds no corpus" if any(path.iterdir()) else "is an empty directory, it holds no corpus"
-        raise UserError(f"corpus {path}: {what}; make one with `rbm build corpus={path} ...`")
-    check_runtime(path)
-    with readable(path):
-        return icechunk.Repository.open(icechunk.local_filesystem_storage(str(path)))
+    path = location.local
+    if path is not None:
+        if not path.exists():
+            raise UserError(f"corpus {location}: no such directory")
+        if not path.is_dir():
+            raise UserError(f"corpus {location}: is a file, a corpus is a directory")
+        if not is_repository(path):
+            what = "holds no corpus" if any(path.iterdir()) else "is an empty directory, it holds no corpus"
+            raise UserError(f"corpus {location}: {what}; make one with `rbm build corpus={location} ...`")
+    check_runtime(location)
+    with readable(location):
+        try:
+            return connect(location)
+        except FileNotFoundError as error:
+            raise UserError(f"{error}; make one with `rbm build corpus={location} ...`") from error
 
 
-def create_repository(path: Path) -> icechunk.Repository:
-    check_runtime(path)
-    return icechunk.Repository.create(icechunk.local_filesystem_storage(str(path)))
+def create_repository(location: Location) -> icechunk.Repository:
+    check_runtime(location)
+    return create(location)
+
+
+def open_or_create(location: Location) -> icechunk.Repository:
+    """For object storage, where an empty place can not be told from a missing one."""
+    check_runtime(location)
+    try:
+        return connect(location)
+    except FileNotFoundError:
+        return create(location)
+
+
+def collect_garbage(repository: icechunk.Repository, location: Location) -> int:
+    """Delete what no snapshot knows, such as what a dead writer wrote and never committed; only under the writer's
+    lock. Returns how many bytes these were."""
+    found = retrying(lambda: repository.garbage_collect(datetime.now(UTC)), "collecting garbage", location, math.inf)
+    return found.bytes_deleted
+
+
+def force_to_disk(location: Location, folders: Sequence[str], since: float) -> None:
+    """Have the system write the files of a local repository that changed after `since` (seconds) to the disk, with
+    their names, so that a machine that loses its power loses nothing before them.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    if location.local is None:
+        return
+    for folder in filter(Path.is_dir, (location.local / name for name in folders)):
+        with os.scandir(folder) as entries:
+            recent = [entry.path for entry in entries if entry.is_file() and entry.stat().st_mtime >= since - 2]
+        for path in [*recent, str(folder)] if recent else ():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
+def group(session: icechunk.Session | icechunk.ForkSession, location: Location) -> zarr.Group:
+    """The root of a session that can be written to."""
+    return zarr.open_group(patient(session.store, location), mode="r+")
 
 
 def array(root: zarr.Group, name: str) -> zarr.Array:
@@ -98,6 +144,20 @@ def array(root: zarr.Group, name: str) -> zarr.Array:
     if not isinstance(found, zarr.Array):
         raise KeyError(name)
     return found
+
+
+def segments(root: zarr.Group) -> dict[int, zarr.Array]:
+    """The arrays that hold payloads, by their numbers, rising."""
+    group = root[SEGMENT_GROUP]
+    assert isinstance(group, zarr.Group)
+    return dict(sorted((int(name), array) for name, array in group.arrays()))
+
+
+def segment_sizes(repository: icechunk.Repository, location: Location, snapshot: str) -> dict[int, int]:
+    """Bytes of each segment of a snapshot, in use or not."""
+    with readable(location):
+        root = open_root(read_session(repository, snapshot, location), location)
+        return {} if root is None else {number: array.shape[0] for number, array in segments(root).items()}
 
 
 def read_range(root: zarr.Group, key: str, start: int, stop: int) -> bytes | None:
@@ -110,6 +170,11 @@ async def _get(store: Store, key: str, start: int, stop: int) -> bytes | None:
     return None if found is None else found.to_bytes()
 
 
+def write_object(root: zarr.Group, key: str, data: bytes) -> None:
+    """One whole object, as it is."""
+    sync(root.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+
 def column(root: zarr.Group, name: str) -> NDArray:
     """All of the index array `name`."""
     return np.asarray(array(root, f"{INDEX_GROUP}/{name}")[:])
@@ -119,52 +184,70 @@ def head(repository: icechunk.Repository) -> str:
     return repository.lookup_branch(BRANCH)
 
 
-def open_root(store: icechunk.IcechunkStore, path: Path, mode: str = "r") -> zarr.Group | None:
+def has_snapshot(location: Location, snapshot: str) -> bool:
+    """Whether a corpus is there that may have this snapshot: told from its files; a remote one is taken at its word."""
+    return location.local is None or (location.local / "snapshots" / snapshot).is_file()
+
+
+def resolve(repository: icechunk.Repository, location: Location, snapshot: str | None) -> str:
+    """The id of the newest snapshot, or of the one with this id or tag.
+
+    Raises:
+        UserError: there is none; says which tags there are.
+    """
+    with readable(location):
+        if snapshot is None:
+            return retrying(lambda: head(repository), "looking up its newest snapshot", location)
+        tags = retrying(repository.list_tags, "listing its tags", location)
+        if snapshot in tags:
+            return retrying(lambda: repository.lookup_tag(snapshot), "looking up a tag", location)
+    try:
+        return retrying(lambda: repository.lookup_snapshot(snapshot).id, "looking up a snapshot", location)
+    except STORE_ERRORS as error:
+        known = f"its tags are {', '.join(sorted(tags))}" if tags else "it has no tags"
+        raise UserError(
+            f"corpus {location}: has no snapshot or tag {snapshot!r} ({known}; `rbm corpus log` lists snapshots)"
+        ) from error
+
+
+def open_root(session: icechunk.Session, location: Location) -> zarr.Group | None:
     """The corpus's root group after a look at its format and version; None where nothing was committed yet.
 
     Raises:
         UserError: another program's repository, or a newer layout.
     """
+    data = patient(session.store, location)
     try:
-        root = zarr.open_group(store, mode=mode)  # type: ignore[arg-type]
+        root = zarr.open_group(data, mode="r")
     except FileNotFoundError:
+        sync(data.exists("zarr.json"))  # raises where the snapshot is damaged, which looks the same to open_group
         return None
     version = root.attrs.get("version")
     if root.attrs.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(f"corpus {path}: an Icechunk repository of another program, not a corpus of this one")
+        raise UserError(f"corpus {location}: an Icechunk repository of another program, not a corpus of this one")
     if version > VERSION:
         raise UserError(
-            f"corpus {path}: has format version {version}, this rbm reads up to {VERSION}: upgrade robot-rbm"
+            f"corpus {location}: has format version {version}, this rbm reads up to {VERSION}: upgrade robot-rbm"
         )
     return root
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(location: Location) -> Iterator[None]:
     """Storage errors while reading become one line that names the corpus."""
     try:
         yield
     except STORE_ERRORS as error:
-        raise UserError(f"corpus {path}: can not be read: {first_line(error)}") from error
+        raise UserError(f"corpus {location}: can not be read: {reason(error)}") from error
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[None]:
+def writable(location: Location) -> Iterator[None]:
     """Storage errors while writing (a full disk) become one line that says what still stands."""
     try:
         yield
     except STORE_ERRORS as error:
         raise UserError(
-            f"corpus {path}: writing failed ({first_line(error)}); the last commit stands: "
+            f"corpus {location}: writing failed ({reason(error)}); the last commit stands: "
             "make room and run the same command again"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The sentence in an Icechunk error, which is a drawing of several lines: its last cause."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    causes = [found[1] for line in str(error).splitlines() if (found := _CAUSE.match(line))]
-    if causes:
-        return causes[-1]
-    return " ".join(str(error).split()) or type(error).__name__

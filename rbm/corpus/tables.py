@@ -6,13 +6,14 @@ Sources and embodiments stand in the root group's attributes; tasks, which may b
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rbm.corpus.index import Names, string_at, strings
 from rbm.errors import UserError
 from rbm.trajectory import Task
 
@@ -76,10 +77,54 @@ def pack_tasks(tasks: list[Task]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]
     return pack_strings(rows)
 
 
-def unpack_tasks(heap: NDArray[np.uint8], end: NDArray[np.int64]) -> tuple[Task, ...]:
-    data = heap.tobytes()
-    rows = (json.loads(data[start:stop]) for start, stop in pairwise([0, *end.tolist()]))
-    return tuple(Task(row["text"], row["scene"], tuple(row["paraphrases"])) for row in rows)
+class Tasks(Sequence[Task]):
+    """The task table, a JSON object a row: a row is parsed when it is asked for, so 40,000 cost nothing to open."""
+
+    def __init__(self, heap: NDArray[np.uint8], end: NDArray[np.int64], names: Names) -> None:
+        self._heap, self._end, self._names = heap, end, names
+
+    def __len__(self) -> int:
+        return len(self._end)
+
+    @overload
+    def __getitem__(self, row: int) -> Task: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Task]: ...
+    def __getitem__(self, row: int | slice) -> Task | list[Task]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        number = row + len(self) if row < 0 else row
+        if not 0 <= number < len(self):
+            raise IndexError(f"task number {row} of {len(self)}")
+        return _task(string_at(self._heap, self._end, number))
+
+    def __iter__(self) -> Iterator[Task]:
+        return read_tasks(self._heap, self._end)
+
+    def find(self, text: str) -> int | None:
+        """Number of the task with this text, or None."""
+        return next((row for row in self._names.candidates(text.encode("utf-8")) if self[row].text == text), None)
+
+
+def scan_tasks(heap: NDArray[np.uint8], end: NDArray[np.int64]) -> tuple[Names, tuple[str, ...], NDArray[np.int32]]:
+    """Of a task table: where its texts are found, the names of its scenes, and each task's scene (-1 = none)."""
+    texts, scenes = [], []
+    for task in read_tasks(heap, end):
+        texts.append(task.text)
+        scenes.append(task.scene)
+    known = tuple(sorted(set(scenes) - {""}))
+    number = {name: place for place, name in enumerate(known)} | {"": -1}
+    return Names.build(*pack_strings(texts)), known, np.array([number[scene] for scene in scenes], np.int32)
+
+
+def read_tasks(heap: NDArray[np.uint8], end: NDArray[np.int64]) -> Iterator[Task]:
+    """All tasks of a table, in order."""
+    return (_task(text) for text in strings(heap, end, 0, len(end)))
+
+
+def _task(text: str | bytes) -> Task:
+    row = json.loads(text)
+    return Task(row["text"], row["scene"], tuple(row["paraphrases"]))
 
 
 def pack_strings(strings: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbm.corpus.index import CSR, Ids
+from rbm.corpus.index import CSR, Ids, Names
 from rbm.corpus.tables import pack_strings
 
 
@@ -20,9 +20,11 @@ def test_csr_holds_every_row_once_in_its_group(rows):
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, max_size=30))
 def test_ids_are_found_by_their_text(texts):
-    ids = Ids(*pack_strings(texts))
+    heap, end = pack_strings(texts)
+    ids = Ids(heap, end, Names.build(heap, end))
     assert list(ids) == texts
     assert [ids[row] for row in range(len(ids))] == texts
     assert [ids.find(text) for text in texts] == list(range(len(texts)))
+    assert ids[1:3] == texts[1:3]
     assert ids.find("\x00 surely not there") is None
     assert ids.find("\udcff") is None

@@ -120,19 +120,31 @@ def test_spawned_processes_open_it_for_themselves(corpus):
     assert seen == [_look(corpus, row) for row in range(6)]
 
 
-def test_a_forked_process_is_told_to_spawn(corpus):
+def _in_a_fork(work) -> str:
+    """What `work` gives in a forked child, or the error that it ends with."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            corpus.frames(0)
-        except UserError as error:
+            os.write(writer, str(work()).encode())
+        except BaseException as error:
             os.write(writer, str(error).encode())
-        os._exit(0)
+        finally:
+            os._exit(0)
     os.close(writer)
-    os.waitpid(child, 0)
     with os.fdopen(reader) as answer:
-        assert "'spawn'" in answer.read()
+        text = answer.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_a_forked_process_reads_on(corpus):
+    assert _in_a_fork(lambda: _look(corpus, 3)) == str(_look(corpus, 3))
+
+
+def test_a_forked_process_that_needs_icechunk_is_told_to_spawn(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("RBM_CACHE", str(tmp_path / "empty"))
+    assert "'spawn'" in _in_a_fork(lambda: Corpus.open(corpus.location))
 
 
 _OPEN_READ_ONLY = """
@@ -154,7 +166,7 @@ def _heed_modes() -> None:
 
 def test_a_read_only_directory_opens_without_a_warning(corpus, tmp_path):
     path = tmp_path / "c"
-    shutil.copytree(corpus.path, path)
+    shutil.copytree(corpus.location.local, path)
     places = [path, *path.rglob("*")]
     for place in places:
         place.chmod(0o555 if place.is_dir() else 0o444)
@@ -186,8 +198,8 @@ def test_places_that_hold_no_corpus(tmp_path):
 
 @pytest.mark.parametrize("snapshot", ["nonsense", "1CECHNKREP0F1RSTCMTG"])
 def test_an_unknown_snapshot(corpus, snapshot):
-    with pytest.raises(UserError, match=f"snapshot '{snapshot}' can not be opened") as caught:
-        Corpus.open(corpus.path, snapshot)
+    with pytest.raises(UserError, match=f"has no snapshot or tag '{snapshot}'") as caught:
+        Corpus.open(corpus.location, snapshot)
     assert "\n" not in str(caught.value)
 
 
@@ -227,7 +239,7 @@ def _damaged(corpus: Corpus) -> list[int]:
     bad = []
     for row, id in enumerate(corpus.ids):
         try:
-            Corpus.open(corpus.path).frames(row)
+            Corpus.open(corpus.location).frames(row)
         except CorruptPayload as error:
             assert error.trajectory == id  # noqa: PT017
             bad.append(row)
@@ -235,7 +247,9 @@ def _damaged(corpus: Corpus) -> list[int]:
 
 
 def test_a_damaged_index_is_found_at_opening(tmp_path):
-    write(tmp_path / "c", range(300), codec="h264")
+    with CorpusWriter(tmp_path / "c", codec="h264", commit_every=None) as writer:
+        for number in range(300):
+            writer.add(*attempt(number))
     files = [file for file in (tmp_path / "c" / "chunks").iterdir() if b"RBMP" not in file.read_bytes()]
     assert files
     for file in files:

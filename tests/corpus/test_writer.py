@@ -48,7 +48,7 @@ def test_what_goes_in_comes_out(tmp_path, codec):
     assert corpus[0].frames([0, 5], view="wrist").shape == (2, 24, 32, 3)
     assert np.abs(corpus.frames(0).astype(int) - clips["front"]).mean() < 8
     np.testing.assert_array_equal(corpus.progress(0), record.progress)
-    assert corpus.tasks == (Task(record.task, "drawer", ("pull the drawer open",)),)
+    assert tuple(corpus.tasks) == (Task(record.task, "drawer", ("pull the drawer open",)),)
     assert corpus.sources["tests"].completion == 0.9
     assert corpus.sources["tests"].facts == {"licence": "MIT"}
     assert corpus.columns.done.tolist() == [3]  # frame_index 1, 4, 7, 10: the first that is >= 10
@@ -176,7 +176,7 @@ def test_tasks_gather_paraphrases_and_refuse_another_scene(tmp_path):
             writer.add_task(Task(TASKS[0], scene="door"))
         with pytest.raises(UserError, match="needs a text"):
             writer.add_task(Task("  "))
-    assert Corpus.open(tmp_path / "c").tasks == (Task(TASKS[0], "drawer", ("pull it", "tug it")),)
+    assert tuple(Corpus.open(tmp_path / "c").tasks) == (Task(TASKS[0], "drawer", ("pull it", "tug it")),)
 
 
 def test_a_source_keeps_its_cutoff(tmp_path):
