@@ -38,7 +38,7 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
     A demo that was stopped goes on where it was; a finished one starts again.
     """
     from rbm.assets import bundled_corpus
-    from rbm.corpus import Corpus, copy_corpus
+    from rbm.corpus import Corpus, JpegCodec, copy_corpus
     from rbm.training.run import Interrupted
 
     began = time.monotonic()
@@ -50,7 +50,8 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
         from rich.progress import Progress
 
         with Progress(console=console, transient=True) as progress:
-            copy_corpus(packed, corpus, codec="jpeg", progress=progress)
+            # settings of its own: the published figures of the demo hold for exactly these pixels
+            copy_corpus(packed, corpus, codec=JpegCodec(quality=90, subsampling="444"), progress=progress)
     tasks = len(packed.tasks)
     console.print(f"  {len(packed)} trajectories of {tasks} tasks; four tasks and a part of the others are held out")
 
@@ -85,6 +86,7 @@ def demo(out: Path, report: Path, seed: int, overrides: tuple[str, ...]) -> None
         config.data.heldout_per_quality,
         config.data.validation_per_quality,
         config.data.split_seed,
+        config.data.heldout_scenes,
     )
     scorer = Scorer.from_pretrained(str(model), "cpu")
     facts = {"model": str(model), "corpus": "bundled", "snapshot": packed.snapshot, "seed": str(seed)}

@@ -2,7 +2,8 @@
 
 A codec turns a clip into one or more parts, and each part gets its own checksum in the payload.
 `jpeg` makes one part a frame, so any 8 of 64 frames are decoded alone: what training wants.
-`h264` makes one part a clip, about a fifteenth of the bytes: what archives and the bundled corpus want.
+`h264` makes one part a clip, about a tenth of the bytes: what archives and the bundled corpus want.
+Sizes, speeds and what the defaults were chosen by: docs/corpus.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import simplejpeg
@@ -20,6 +21,13 @@ from rbm.errors import UserError
 from rbm.video import decode_clip, encode_video
 
 Bytes = NDArray[np.uint8]
+Subsampling = Literal["444", "422", "420"]
+
+_SMALL = 128
+"""Frames with a shorter side are kept better: a gripper in them is a few pixels wide, and they cost little anyway."""
+
+_SHRINKS = (8, 4, 2)
+"""Factors by which a JPEG decodes faster than in full; those between (5/8, 6/8, ...) are slower than no factor."""
 
 
 class BrokenPart(Exception):
@@ -49,9 +57,18 @@ class ClipCodec(Protocol):
         ...
 
     def decode(
-        self, part: Callable[[int], Bytes], indices: NDArray[np.int64], height: int, width: int
+        self,
+        part: Callable[[int], Bytes],
+        indices: NDArray[np.int64],
+        height: int,
+        width: int,
+        min_side: int | None = None,
     ) -> NDArray[np.uint8]:
-        """Frames `indices` (rising, no repeats), uint8 (len(indices), H, W, 3). `part(i)` gives checked bytes.
+        """Frames `indices` (rising, no repeats), uint8 (len(indices), h, w, 3), RGB.
+
+        `part(i)` gives the checked bytes of part i; `height` and `width` are the stored size, which is also h and w.
+        With `min_side` a codec may decode to a smaller size, where that is faster: the same for every frame of a
+        clip, and min(h, w) >= min_side unless the stored frames are smaller themselves.
 
         Raises:
             BrokenPart: the bytes do not hold such frames.
@@ -61,33 +78,74 @@ class ClipCodec(Protocol):
 
 @dataclass(frozen=True)
 class JpegCodec:
-    """One JPEG a frame. Colour is kept at full resolution: in small frames a gripper is few pixels wide."""
+    """One JPEG a frame. By default quality 80 and "420"; 90 and "444" where the shorter side is below 128 pixels.
 
-    quality: int = 90
+    Args:
+        quality: 1 to 100; None: by the size of the frames.
+        subsampling: "444" keeps colour at full resolution, "422" halves it across, "420" both ways; None: by the size.
+
+    Raises:
+        UserError: no such quality or subsampling.
+    """
+
+    quality: int | None = None
+    subsampling: Subsampling | None = None
     name: str = "jpeg"
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise UserError(f"JPEG quality is {self.quality}: choose 1 to 100")
+        if self.subsampling is not None and self.subsampling not in get_args(Subsampling):
+            raise UserError(f"JPEG subsampling is {self.subsampling!r}: choose {', '.join(get_args(Subsampling))}")
 
     def n_parts(self, n_frames: int) -> int:
         return n_frames
 
     def encode(self, frames: NDArray[np.uint8], fps: float) -> list[bytes]:
+        small = min(frames.shape[1:3]) < _SMALL
+        quality = self.quality or (90 if small else 80)
+        colour = self.subsampling or ("444" if small else "420")
         return [
-            simplejpeg.encode_jpeg(frame, quality=self.quality, colorspace="RGB", colorsubsampling="444", fastdct=False)
+            simplejpeg.encode_jpeg(frame, quality, "RGB", colour, fastdct=False)
             for frame in np.ascontiguousarray(frames)
         ]
 
     def decode(
-        self, part: Callable[[int], Bytes], indices: NDArray[np.int64], height: int, width: int
+        self,
+        part: Callable[[int], Bytes],
+        indices: NDArray[np.int64],
+        height: int,
+        width: int,
+        min_side: int | None = None,
     ) -> NDArray[np.uint8]:
-        out = np.empty((len(indices), height, width, 3), np.uint8)
-        for row, index in enumerate(indices.tolist()):
+        """See `ClipCodec.decode`. The size is (ceil(height / k), ceil(width / k)) with the largest k of 8, 4, 2 that
+        leaves the shorter side at least `min_side`; k = 1, the stored size, if none does or `min_side` is None.
+
+        Halved colour is spread by repeating pixels, not by interpolation: 8 % faster, and scaled to what a model
+        sees it is as good. With k > 1, and for "444", nothing is spread.
+        """
+        k = _shrink(min(height, width), min_side)
+        size = -(-height // k), -(-width // k)
+        least = size if k > 1 else (0, 0)  # (0, 0): no scaling, not even of frames so small that 7/8 is as large
+        out = np.empty((len(indices), *size, 3), np.uint8)
+        for frame, index in zip(out, indices.tolist(), strict=True):
             data = part(index)
             try:
-                frame = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+                stored = simplejpeg.decode_jpeg_header(data)[:2]
+                if stored != (height, width):
+                    raise BrokenPart(index, f"is {stored[0]}x{stored[1]}, the header says {height}x{width}")
+                simplejpeg.decode_jpeg(
+                    data,
+                    "RGB",
+                    fastdct=False,
+                    fastupsample=True,
+                    min_height=least[0],
+                    min_width=least[1],
+                    min_factor=k,
+                    buffer=frame,
+                )
             except ValueError as error:
                 raise BrokenPart(index, f"no JPEG: {error}") from error
-            if frame.shape != out.shape[1:]:
-                raise BrokenPart(index, f"is {frame.shape[0]}x{frame.shape[1]}, the header says {height}x{width}")
-            out[row] = frame
         return out
 
 
@@ -109,16 +167,28 @@ class H264Codec:
         return [out.getvalue()]
 
     def decode(
-        self, part: Callable[[int], Bytes], indices: NDArray[np.int64], height: int, width: int
+        self,
+        part: Callable[[int], Bytes],
+        indices: NDArray[np.int64],
+        height: int,
+        width: int,
+        min_side: int | None = None,
     ) -> NDArray[np.uint8]:
-        data = part(0).tobytes()
+        """See `ClipCodec.decode`. Frames come at their stored size whatever `min_side` is."""
         try:
-            frames = decode_clip(data, indices, size=(height, width))
+            frames = decode_clip(part(0).tobytes(), indices)
         except UserError as error:
             raise BrokenPart(0, str(error)) from error
-        if frames.shape != (len(indices), height, width, 3):
+        if frames.shape[1:3] != (height + height % 2, width + width % 2):  # odd sides were padded by one
             raise BrokenPart(0, f"decodes to {frames.shape}, the header says {height}x{width}")
-        return frames
+        return frames[:, :height, :width]
+
+
+def _shrink(short_side: int, min_side: int | None) -> int:
+    """By how much a JPEG is shrunk as it is decoded."""
+    if min_side is None:
+        return 1
+    return next((k for k in _SHRINKS if -(-short_side // k) >= min_side), 1)
 
 
 CODECS: dict[str, type[JpegCodec] | type[H264Codec]] = {"jpeg": JpegCodec, "h264": H264Codec}
