@@ -30,10 +30,8 @@ def evaluate(overrides: tuple[str, ...], show: bool) -> None:
     """
     from omegaconf import OmegaConf
 
-    from rbm.assets import bundled_corpus
     from rbm.config import compose
-    from rbm.corpus import Corpus
-    from rbm.corpus.split import split_corpus
+    from rbm.corpus.split import heldout_numbers, open_rows, split_corpus
     from rbm.evaluation.evaluate import Protocol, evaluate_split
     from rbm.scoring import Scorer
 
@@ -41,19 +39,21 @@ def evaluate(overrides: tuple[str, ...], show: bool) -> None:
     if show:
         click.echo(OmegaConf.to_yaml(config))
         return
-    if OmegaConf.is_missing(config, "corpus"):
+    unnamed = OmegaConf.is_missing(config, "corpus")
+    if unnamed and config.selection is None:
         raise UserError("say which corpus: data.corpus=FOLDER")
-    corpus = Corpus.open(config.corpus or bundled_corpus(), snapshot=config.snapshot)
-    parts = split_corpus(corpus, **config.split)
+    corpus, rows = open_rows(None if unnamed else config.corpus, config.snapshot, config.selection)
+    parts = split_corpus(corpus, **config.split, rows=rows)
     scorer = Scorer.from_pretrained(config.checkpoint, device=config.device)
     protocol = Protocol(config.most_instructions, config.most_in_pairs, config.bootstrap, config.seed)
     console = Console()
-    known = trained_on(config.checkpoint, config.split.heldout_tasks)
+    heldout = heldout_numbers(corpus, config.split.heldout_tasks, config.split.heldout_scenes)
+    known = trained_on(config.checkpoint, [corpus.tasks[number].text for number in heldout])
     if known:
         console.print(f"note: this model was trained on {', '.join(known)}: new tasks are not new to it", markup=False)
     facts = {
         "model": str(config.checkpoint or "shipped weights"),
-        "corpus": str(config.corpus or "bundled"),
+        "corpus": str(corpus.location if config.selection else config.corpus or "bundled"),
         "snapshot": corpus.snapshot,
         "frames a clip": str(scorer.context_frames),
         "seed": str(config.seed),

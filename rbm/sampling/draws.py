@@ -1,5 +1,6 @@
 """Random numbers that depend on nothing but (seed, sample index).
 
+Or on (seed, sample index, attempt), where a sample has to be drawn again since its trajectories could not be read.
 Counter-based (Philox, Salmon et al. 2011) and drawn in blocks, since one generator call a sample would
 cost more than the sample. Ranks and workers only partition the indices, so the data do not change with
 their number, and a resumed run draws what the unbroken one would have drawn.
@@ -19,10 +20,10 @@ NUMBERS = 320
 """Uniform numbers that one sample may use."""
 
 
-@lru_cache(maxsize=4)
-def block_uniforms(seed: int, block: int) -> NDArray[np.float64]:
+@lru_cache(maxsize=2)
+def block_uniforms(seed: int, block: int, attempt: int = 0) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) for the samples of one block: float64 (BLOCK, NUMBERS), read-only."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, block]))
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, attempt, block]))
     numbers = generator.random((BLOCK, NUMBERS))
     numbers.flags.writeable = False
     return numbers
@@ -47,7 +48,10 @@ class Draw:
         return self._numbers[self._next - count : self._next]
 
     def uniform(self) -> float:
-        return float(self.uniforms(1)[0])
+        if self._next >= len(self._numbers):
+            raise RuntimeError(f"a sample used up its {len(self._numbers)} random numbers")
+        self._next += 1
+        return self._numbers.item(self._next - 1)
 
     def chance(self, probability: float) -> bool:
         return self.uniform() < probability

@@ -1,164 +1,143 @@
-"""What comes next: the n-th sample of a run, drawn from its strategies.
+"""What comes next: which strategy makes the n-th sample of a run, and of which trajectories.
 
-Strategy and partners are drawn for a block of samples at once, the frames of a sample when it is asked for.
-Sample n depends on (seed, n), the trajectories and the options, and on nothing else.
+Drawn for a block of samples at once, from a table of all trajectories; only the process that hands out the work needs
+that. What comes out is a few numbers a sample, of which any process makes the pair (`rbm.sampling.pairs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rbm.errors import UserError
-from rbm.sampling.clips import ClipOptions
-from rbm.sampling.draws import BLOCK, Draw, block_uniforms
-from rbm.sampling.strategies import STRATEGIES
-from rbm.sampling.table import Table
-from rbm.sampling.targets import ClipTargets, clip_targets
+from rbm.sampling.balance import Balance
+from rbm.sampling.draws import BLOCK, block_uniforms
+from rbm.sampling.strategies import STRATEGIES, Strategy
+from rbm.sampling.table import Table, Trajectories
 
 DEFAULT_WEIGHTS = {"outcome": 4.0, "wrong_task": 3.0, "rewind": 1.0, "reverse": 1.0, "grade": 1.0}
 """Without grades: 4 in 9 real outcomes (the only pairs that show failures under their own instruction), 3 in 9 wrong
 instructions, 1 in 9 each rewind and reverse."""
 
-DenseLabels = Callable[[int], NDArray[np.float32] | None]
-"""Dense labels float32 (T,) of trajectory `number` of the corpus, or none."""
+PLANNED = 5
+"""Numbers of each sample that go into the choice of strategy (1), partners (3) and order (1)."""
 
-_PLANNED = 5  # numbers of each sample that go into the choice of strategy (1), partners (3) and order (1)
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One clip of a pair: stored `frames` int64 (n,) of the trajectory in row `row` of the table."""
-
-    row: int
-    number: int
-    frames: NDArray[np.int64]
-    wrong_instruction: bool
+_NUMBER = {name: number for number, name in enumerate(STRATEGIES)}
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two clips under one instruction. `preference` is 1 if the first is better, 0 if not; none for shuffled clips."""
+class Plan:
+    """What n samples are made of, from sample `first` on.
 
-    index: int
-    strategy: str
-    task: str
-    first: Clip
-    second: Clip
-    preference: float | None
+    Attributes:
+        strategy: int8 (n,), places in `STRATEGIES`.
+        chosen, rejected: int32 (n,), rows of the corpus.
+        attempt: 0, or the how manieth substitute these are (for samples that could not be read).
+    """
+
+    first: int
+    strategy: NDArray[np.int8]
+    chosen: NDArray[np.int32]
+    rejected: NDArray[np.int32]
+    attempt: int = 0
+
+    def __len__(self) -> int:
+        return len(self.strategy)
 
 
-_Plan = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-"""Strategy, chosen row and rejected row of each sample of a block: int64 (BLOCK,) each."""
+class Planner:
+    """Plans samples: O(1) each, however large the corpus.
 
-
-class Sampler:
-    """Draws pairs.
+    Pickling leaves the table behind; another process makes it again if it ever plans.
 
     Args:
-        table: the trajectories to draw from.
+        corpus: the trajectories.
         seed: of all draws.
+        rows: those that may be drawn, int (n,); none for all.
         weights: strategy -> relative weight; one whose needs the table does not meet is left out.
-        options: how clips are drawn.
-        use_dense: supervise progress by dense labels where a trajectory has them.
-        relative: progress targets relative to the clip (published layouts).
-        paraphrases: draw among all wordings of an instruction.
+        balance: which trajectories are drawn more often than others; none for all alike.
 
     Raises:
-        UserError: unknown strategies, negative weights, or no strategy that this table can serve.
+        UserError: unknown strategies, negative weights, or no strategy that these trajectories can serve.
     """
 
     def __init__(
         self,
-        table: Table,
+        corpus: Trajectories,
         seed: int,
+        rows: NDArray[np.integer] | None = None,
         weights: Mapping[str, float] | None = None,
-        options: ClipOptions | None = None,
-        use_dense: bool = True,
-        relative: bool = False,
-        paraphrases: bool = True,
+        balance: Balance | None = None,
     ) -> None:
-        self.options = options or ClipOptions()
-        self.table, self.seed, self.use_dense, self.relative, self.paraphrases = (
-            table,
-            seed,
-            use_dense,
-            relative,
-            paraphrases,
-        )
-        if relative and self.options.shuffle:
-            raise UserError(
-                "shuffled frames have no clip-relative progress: set data.clips.shuffle=0 or model.target=absolute"
-            )
-        wanted = dict(DEFAULT_WEIGHTS if weights is None else weights)
-        unknown = sorted(wanted.keys() - STRATEGIES.keys())
+        self.corpus, self.seed, self.balance = corpus, seed, balance
+        self.weights = dict(DEFAULT_WEIGHTS if weights is None else weights)
+        unknown = sorted(self.weights.keys() - STRATEGIES.keys())
         if unknown:
             raise UserError(f"no such strategy: {', '.join(unknown)}; there are: {', '.join(STRATEGIES)}")
-        if any(not weight >= 0 for weight in wanted.values()):
-            raise UserError(f"strategy weights must not be negative: {wanted}")
-        made = {name: STRATEGIES[name](table) for name, weight in wanted.items() if weight > 0}
-        self.strategies = [strategy for strategy in made.values() if strategy.available()]
-        if not self.strategies:
+        if any(not weight >= 0 for weight in self.weights.values()):
+            raise UserError(f"strategy weights must not be negative: {self.weights}")
+        self._members: NDArray[np.uint8] | None = None  # one bit a row: all that goes to another process
+        if rows is not None:
+            member = np.zeros(len(corpus.columns.task), bool)
+            member[rows] = True
+            self._members = np.packbits(member)
+        self._prepare()
+
+    def plan(self, first: int, count: int, attempt: int = 0) -> Plan:
+        """Samples first, first + 1, ...: `count` of them."""
+        if not self._strategies:
+            self._prepare()
+        parts = []
+        index = first
+        while index < first + count:
+            block, place = divmod(index, BLOCK)
+            end = min(BLOCK, place + first + count - index)
+            parts.append([column[place:end] for column in self._block(block, attempt)])
+            index += end - place
+        strategy, chosen, rejected = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return Plan(first, strategy, chosen, rejected, attempt)
+
+    def _prepare(self) -> None:
+        count = len(self.corpus.columns.task)
+        rows = None if self._members is None else np.flatnonzero(np.unpackbits(self._members, count=count))
+        table = Table.of(self.corpus, rows)
+        wanted = {name: weight for name, weight in self.weights.items() if weight > 0}
+        made = [STRATEGIES[name](table, self.balance) for name in wanted]
+        self._strategies: list[Strategy] = [strategy for strategy in made if strategy.available()]
+        if not self._strategies:
             raise UserError(
-                f"none of the strategies {sorted(made)} can make a pair of these {len(table)} trajectories: "
+                f"none of the strategies {sorted(wanted)} can make a pair of these {len(table)} trajectories: "
                 "they need clean successes, two outcomes of one task, or two tasks"
             )
-        share = np.array([wanted[strategy.name] for strategy in self.strategies])
+        share = np.array([wanted[strategy.name] for strategy in self._strategies])
         self._edges = np.cumsum(share / share.sum())[:-1]
-        self._planned: dict[int, _Plan] = {}
+        self._numbers = np.array([_NUMBER[strategy.name] for strategy in self._strategies], np.int8)
+        self._table = table
+        self._planned: tuple[tuple[int, int], _Columns] | None = None
 
-    def _plan(self, block: int) -> _Plan:
-        """The plan of a block, drawn once for all its samples."""
-        if block not in self._planned:
-            self._planned = {block: self._draw_plan(block)}
-        return self._planned[block]
+    def _block(self, block: int, attempt: int) -> _Columns:
+        """Strategy, chosen and rejected row of each sample of a block, drawn once for all of them."""
+        if self._planned is None or self._planned[0] != (block, attempt):
+            self._planned = (block, attempt), self._draw(block_uniforms(self.seed, block, attempt))
+        return self._planned[1]
 
-    def _draw_plan(self, block: int) -> _Plan:
-        uniforms = block_uniforms(self.seed, block)
+    def _draw(self, uniforms: NDArray[np.float64]) -> _Columns:
         strategy = np.searchsorted(self._edges, uniforms[:, 0], side="right")
         chosen, rejected = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
-        for index, maker in enumerate(self.strategies):
-            mine = strategy == index
-            if mine.any():
+        for number, maker in enumerate(self._strategies):
+            mine = np.flatnonzero(strategy == number)
+            if len(mine):
                 chosen[mine], rejected[mine] = maker.partners(uniforms[mine, 1:4])
-        return strategy, chosen, rejected
+        row = self._table.row
+        return self._numbers[strategy], row[chosen], row[rejected]
 
-    def pair(self, index: int) -> Pair:
-        """Sample `index` of the run."""
-        block, place = divmod(index, BLOCK)
-        strategies, chosen_rows, rejected_rows = self._plan(block)
-        strategy = self.strategies[strategies[place]]
-        chosen_row, rejected_row = int(chosen_rows[place]), int(rejected_rows[place])
-        numbers = block_uniforms(self.seed, block)[place]
-        chosen_first = bool(numbers[_PLANNED - 1] < 0.5)
-        draw = Draw(numbers[_PLANNED:])
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("corpus", "seed", "balance", "weights", "_members")
+        return {name: self.__dict__[name] for name in names} | {"_strategies": []}
 
-        chosen_frames, rejected_frames = strategy.clips(chosen_row, rejected_row, self.options, draw)
-        shuffled = draw.chance(self.options.shuffle)
-        if shuffled:
-            chosen_frames = chosen_frames[np.argsort(draw.uniforms(len(chosen_frames)))]
-            rejected_frames = rejected_frames[np.argsort(draw.uniforms(len(rejected_frames)))]
-        chosen = self._clip(chosen_row, chosen_frames, False)
-        rejected = self._clip(rejected_row, rejected_frames, strategy.wrong_instruction)
-        first, second = (chosen, rejected) if chosen_first else (rejected, chosen)
-        preference = None if shuffled else float(chosen_first)
-        return Pair(index, strategy.name, self._wording(chosen_row, draw), first, second, preference)
 
-    def targets(self, clip: Clip, dense: DenseLabels) -> ClipTargets:
-        """Targets of a clip; `dense` is asked only where labels exist and are used."""
-        use = self.use_dense and bool(self.table.dense[clip.row]) and not clip.wrong_instruction
-        labels = dense(clip.number) if use else None
-        outcome = self.table.outcome(clip.row)
-        return clip_targets(clip.frames, outcome, labels, clip.wrong_instruction, self.relative)
-
-    def _clip(self, row: int, frames: NDArray[np.int64], wrong: bool) -> Clip:
-        return Clip(row, int(self.table.number[row]), frames, wrong)
-
-    def _wording(self, row: int, draw: Draw) -> str:
-        task = self.table.tasks[self.table.task[row]]
-        wordings = (task.text, *task.paraphrases)
-        place = draw.integer(0, len(wordings) - 1)
-        return wordings[place] if self.paraphrases else task.text
+_Columns = tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.int32]]

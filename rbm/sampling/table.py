@@ -1,11 +1,12 @@
 """What sampling needs to know of a corpus: a few numbers a trajectory, and who tried the same task.
 
-The corpus is seen through a small protocol (numpy columns and one method), so sampling can be tested without a disk.
+The corpus is seen through a small protocol (numpy columns and the tables that their codes point into), so sampling
+can be tested without a disk. Columns are never copied: they are mapped, and shared by all processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,8 @@ class Columns(Protocol):
     @property
     def task(self) -> NDArray[np.int32]: ...
     @property
+    def source(self) -> NDArray[np.int16]: ...
+    @property
     def quality(self) -> NDArray[np.int8]: ...
     @property
     def n_frames(self) -> NDArray[np.int32]: ...
@@ -39,74 +42,77 @@ class Columns(Protocol):
     def partial_success(self) -> NDArray[np.float32]: ...
 
 
+class Groups(Protocol):
+    """Trajectories by task and quality: order[indptr[k] : indptr[k + 1]], k = 3 task + quality, rising in a group."""
+
+    @property
+    def indptr(self) -> NDArray[np.int64]: ...
+    @property
+    def order(self) -> NDArray[np.int32]: ...
+
+
+class Trajectories(Protocol):
+    """A corpus, as far as sampling looks at it.
+
+    `tasks` is the task table, `task_scene` int32 (tasks,) a number for each task's scene, -1 for none; `sources`
+    names, in the order of their numbers.
+    """
+
+    @property
+    def columns(self) -> Columns: ...
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+    @property
+    def task_scene(self) -> NDArray[np.int32]: ...
+    @property
+    def sources(self) -> Collection[str]: ...
+    @property
+    def by_task_quality(self) -> Groups: ...
+
+
 @dataclass(frozen=True)
 class Table:
     """The trajectories that may be drawn, sorted by task and quality.
 
-    A row of this table is one trajectory; `number` is its place in the corpus. Rows of one task lie together, best
-    outcome first, so "a worse attempt at this task" is a range: row r's better attempts are
-    rows[start[task, 0] : start[task, quality]].
+    A place in this table is one trajectory, `row` its row in the corpus. Those of one task lie together, best
+    outcome first, so "a better attempt at this task" is a range: of place p, start[task, 0] : start[task, quality].
 
     Attributes:
-        number: int64 (N,), place in the corpus.
-        task, quality, n_frames, done: int64 (N,).
-        done_known, messy, dense: bool (N,).
-        partial_success: float64 (N,), nan for none.
-        start: int64 (tasks, 4), first row of (task, quality); column 3 is the end of the task.
-        scene: int64 (tasks,), -1 where a task has no scene.
-        tasks: the task table of the corpus.
+        corpus: where the columns are.
+        row: int32 (N,), rows of the corpus.
+        start: int32 (tasks, 4), first place of (task, quality); column 3 is the end of the task.
     """
 
-    number: NDArray[np.int64]
-    task: NDArray[np.int64]
-    quality: NDArray[np.int64]
-    n_frames: NDArray[np.int64]
-    done: NDArray[np.int64]
-    done_known: NDArray[np.bool_]
-    messy: NDArray[np.bool_]
-    dense: NDArray[np.bool_]
-    partial_success: NDArray[np.float64]
-    start: NDArray[np.int64]
-    scene: NDArray[np.int64]
-    tasks: tuple[Task, ...]
+    corpus: Trajectories
+    row: NDArray[np.int32]
+    start: NDArray[np.int32]
 
     @classmethod
-    def of(cls, columns: Columns, tasks: Sequence[Task], numbers: NDArray[np.integer] | None = None) -> Table:
-        """The rows `numbers` (default all) of a corpus."""
-        # sorted first, then a stable sort: the same set of trajectories always gives the same table
-        chosen = np.arange(len(columns.task)) if numbers is None else np.sort(np.asarray(numbers, np.int64))
-        key = columns.task[chosen].astype(np.int64) * N_QUALITIES + columns.quality[chosen]
-        order = np.argsort(key, kind="stable")
-        number = chosen[order]
-        edges = np.searchsorted(key[order], np.arange(len(tasks) * N_QUALITIES + 1))
-        start = np.stack(
-            [edges[0:-1:N_QUALITIES], edges[1::N_QUALITIES], edges[2::N_QUALITIES], edges[3::N_QUALITIES]], 1
-        )
-        names = {name: index for index, name in enumerate(sorted({task.scene for task in tasks if task.scene}))}
-        return cls(
-            number=number,
-            task=columns.task[number].astype(np.int64),
-            quality=columns.quality[number].astype(np.int64),
-            n_frames=columns.n_frames[number].astype(np.int64),
-            done=columns.done[number].astype(np.int64),
-            done_known=np.asarray(columns.done_known[number], bool),
-            messy=np.asarray(columns.messy[number], bool),
-            dense=np.asarray(columns.dense[number], bool),
-            partial_success=columns.partial_success[number].astype(np.float64),
-            start=start,
-            scene=np.array([names.get(task.scene, -1) for task in tasks], np.int64),
-            tasks=tuple(tasks),
-        )
+    def of(cls, corpus: Trajectories, rows: NDArray[np.integer] | None = None) -> Table:
+        """The trajectories `rows` (default all, in any order) of a corpus. O(N): the corpus keeps them sorted."""
+        order, edges = corpus.by_task_quality.order, corpus.by_task_quality.indptr
+        if rows is not None:
+            member = np.zeros(len(order), bool)
+            member[rows] = True
+            kept = member[order]
+            order = order[kept]
+            edges = np.concatenate([[0], np.cumsum(kept)])[edges]
+        start = np.empty((len(corpus.tasks), N_QUALITIES + 1), np.int32)
+        start[:, :N_QUALITIES] = edges[:-1].reshape(-1, N_QUALITIES)
+        start[:, N_QUALITIES] = edges[N_QUALITIES::N_QUALITIES]
+        return cls(corpus, order, start)
 
     def __len__(self) -> int:
-        return len(self.number)
+        return len(self.row)
 
-    def outcome(self, row: int) -> Outcome:
-        return Outcome(
-            quality=int(self.quality[row]),
-            n_frames=int(self.n_frames[row]),
-            done=int(self.done[row]),
-            done_known=bool(self.done_known[row]),
-            messy=bool(self.messy[row]),
-            partial_success=float(self.partial_success[row]),
-        )
+
+def outcome(columns: Columns, row: int) -> Outcome:
+    """What targets depend on, of one row of a corpus."""
+    return Outcome(
+        quality=columns.quality.item(row),
+        n_frames=columns.n_frames.item(row),
+        done=columns.done.item(row),
+        done_known=columns.done_known.item(row),
+        messy=columns.messy.item(row),
+        partial_success=columns.partial_success.item(row),
+    )

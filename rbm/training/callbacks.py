@@ -1,4 +1,4 @@
-"""Callbacks: a progress bar that counts optimiser steps, a clean stop on Ctrl-C, facts in the checkpoint."""
+"""Callbacks: a progress bar that counts optimiser steps, a clean stop on Ctrl-C, what goes into logs and checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rbm.training.data import PairDataModule
 
 console = Console(stderr=True)
 
@@ -103,3 +105,16 @@ class Facts(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["rbm"] = self.facts
+
+
+class ReplacedPairs(Callback):
+    """Logs how many pairs have been replaced since their trajectories could not be decoded: `data/replaced`."""
+
+    def __init__(self, data: PairDataModule) -> None:
+        self.data = data
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            pl_module.log("data/replaced", float(self.data.replaced))

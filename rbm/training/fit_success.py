@@ -8,37 +8,51 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rbm.corpus import CorruptPayload
 from rbm.frames import pick_frames
 from rbm.model import ClipBatch, RewardModel
 from rbm.model.calibration import fit_calibration
-from rbm.sampling import Table
-from rbm.sampling.targets import clip_targets
+from rbm.sampling import Table, clip_targets
+from rbm.sampling.table import outcome
 from rbm.training.data import PairDataModule
 
 log = logging.getLogger(__name__)
+
+
+MOST = 4096
+"""Validation trajectories that are looked at: two numbers are fitted."""
 
 
 @torch.inference_mode()
 def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) -> None:
     """Calibrate `model` on the clips that scoring would make of the validation trajectories.
 
-    Every clip weighs the same, and in it the last frame as much as all others together: the verdict at the end is
-    what success detection goes by. Without validation trajectories the head stays as it is.
+    Of more than `MOST` an even choice over tasks and outcomes. Every clip weighs the same, and in it the last frame
+    as much as all others together: the verdict at the end is what success detection goes by. What can not be decoded
+    is named and left out. Without validation trajectories the head stays as it is.
     """
-    table = Table.of(data.corpus.columns, data.corpus.tasks, data.split.validation)
+    corpus, columns = data.corpus, data.corpus.columns
+    found = Table.of(corpus, data.split.validation).row
+    chosen = found[pick_frames(len(found), MOST)].tolist() if len(found) else []
     device = next(model.parameters()).device
     logits, labels, weights = [], [], []
-    for begin in range(0, len(table), batch_size):
-        rows = range(begin, min(begin + batch_size, len(table)))
-        shown = [pick_frames(int(table.n_frames[row]), model.context_frames) for row in rows]
-        clips = [
-            (model.preprocess(data.corpus.frames(int(table.number[row]), frames)), table.tasks[table.task[row]].text)
-            for row, frames in zip(rows, shown, strict=True)
-        ]
+    for begin in range(0, len(chosen), batch_size):
+        rows, shown, clips = [], [], []
+        for row in chosen[begin : begin + batch_size]:
+            frames = pick_frames(columns.n_frames.item(row), model.context_frames)
+            try:
+                clips.append((model.preprocess(corpus.frames(row, frames)), corpus.tasks[columns.task.item(row)].text))
+            except CorruptPayload as error:
+                log.warning("left out of the calibration of success: %s", error)
+                continue
+            rows.append(row)
+            shown.append(frames)
+        if not clips:
+            continue
         output = model(ClipBatch.from_clips(clips).to(device)).success_logits.float().cpu().numpy()
         ends = np.cumsum([len(frames) for frames in shown])[:-1]
         for row, frames, values in zip(rows, shown, np.split(output, ends), strict=True):
-            targets = clip_targets(frames, table.outcome(row), None, wrong_instruction=False)
+            targets = clip_targets(frames, outcome(columns, row), None, wrong_instruction=False)
             mask = targets.success_mask
             logits.append(values[mask])
             labels.append(targets.success[mask])

@@ -33,7 +33,7 @@ from rbm.assets import nano_weights
 from rbm.config import instantiate, plain
 from rbm.errors import UserError
 from rbm.model import RewardModel
-from rbm.training.callbacks import Facts, StepProgress, StopCleanly, console
+from rbm.training.callbacks import Facts, ReplacedPairs, StepProgress, StopCleanly, console
 from rbm.training.data import PairDataModule
 from rbm.training.fit_success import fit_success
 from rbm.training.module import RewardModule
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 
-NO_RESULT = {"threads", "data.workers", "trainer.checkpoint_every", "trainer.log_every_n_steps", "trainer.wandb"}
+NO_RESULT = {"threads", "data.workers", "data.start_method", "data.max_bad_share", "trainer.checkpoint_every",
+             "trainer.log_every_n_steps", "trainer.wandb"}  # fmt: skip
 """Keys that change nothing in what is computed: a run may go on with others."""
 
 
@@ -59,6 +60,8 @@ def train(config: DictConfig) -> Path:
     """
     folder = Path(config.run_dir)
     finished = folder / MODEL_FOLDER
+    if config.data.selection is not None and OmegaConf.is_missing(config.data, "corpus"):
+        config.data.corpus = None  # the selection says which
     try:
         _check_claim(folder, config)
         if (finished / "config.json").exists():
@@ -85,8 +88,9 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     facts = {
         "version": rbm.__version__,
         "revision": git_revision(),
-        "corpus": str(data.corpus.path.name),
+        "corpus": str(data.corpus.location.name),
         "snapshot": data.corpus.snapshot,
+        "rows": data.fingerprint,
         "tasks": data.tasks,
         "config": plain(config),
     }
@@ -153,7 +157,7 @@ def _trainer(
         limit_val_batches=1.0 if has_validation else 0,
         num_sanity_val_steps=0,
         logger=loggers,
-        callbacks=[checkpoints, Facts(facts), stop, StepProgress()],
+        callbacks=[checkpoints, Facts(facts), stop, ReplacedPairs(data), StepProgress()],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -216,6 +220,11 @@ def _check_checkpoint(path: Path, data: PairDataModule) -> None:
         raise UserError(
             f"{path} was trained on snapshot {facts['snapshot']} of its corpus, now it is at {data.corpus.snapshot}: "
             f"pin data.snapshot={facts['snapshot']} or choose another run_dir"
+        )
+    if facts["rows"] != data.fingerprint:
+        raise UserError(
+            f"{path} was trained on other trajectories of this corpus than are selected now: restore the file "
+            "data.selection, or choose another run_dir"
         )
 
 

@@ -15,7 +15,7 @@ from rbm.config import compose
 from rbm.errors import UserError
 from rbm.model import Counts, LossWeights, PairBatch, RewardModel, reward_losses
 from rbm.model.backbones import NanoBackbone
-from rbm.training.data import PairDataModule, PairDataset, Share
+from rbm.training.data import Onward, PairDataModule, Share
 from rbm.training.module import learning_rate_factor
 from rbm.training.run import train
 
@@ -29,15 +29,18 @@ def small(path: Path, corpus: Path, *more: str):
     return compose("train", [*SMALL, f"run_dir='{path}'", f"data.corpus='{corpus}'", *more])
 
 
-def data_module(corpus, **options) -> PairDataModule:
-    model = RewardModel(NanoBackbone(image_size=32, width=8, hidden=32, layers=1, heads=2), context_frames=8)
+def data_module(corpus, pair="isolated", preference="utility", **options) -> PairDataModule:
+    backbone = NanoBackbone(image_size=32, width=8, hidden=32, layers=1, heads=2)
+    model = RewardModel(backbone, context_frames=8, pair=pair, preference=preference)
     return PairDataModule(
-        model, str(corpus.path), heldout_per_quality=1, validation_per_quality=1, workers=0, **options
+        model, str(corpus.location), heldout_per_quality=1, validation_per_quality=1, workers=0, **options
     )
 
 
-def dataset(module: PairDataModule, share: Share) -> PairDataset:
-    return PairDataset(module.corpus, module.sampler, module._preprocess, share, module._supervise_both)
+def batches(module: PairDataModule, share: Share) -> list[PairBatch]:
+    """The micro-batches of the first step."""
+    dataset = module.dataset(module.sampler, share)
+    return [dataset[order].batch for order in Onward(module.sampler.planner, share, 0, 1)]
 
 
 def gradient(model: RewardModel, batches: list[PairBatch]) -> torch.Tensor:
@@ -54,9 +57,9 @@ def test_four_times_eight_equals_thirty_two(dot_corpus, tmp_path):
     model = RewardModel(
         NanoBackbone(image_size=32, width=8, hidden=32, layers=1, heads=2), context_frames=8, dropout=0.0
     )
-    whole = [dataset(module, Share(32))[0]]
-    micro = [dataset(module, Share(32, micro=4))[part] for part in range(4)]
-    ranks = [dataset(module, Share(32, micro=2, rank=rank, world=2))[part] for part in range(2) for rank in range(2)]
+    whole = batches(module, Share(32))
+    micro = batches(module, Share(32, micro=4))
+    ranks = [batch for rank in range(2) for batch in batches(module, Share(32, micro=2, rank=rank, world=2))]
     supervised = [int(batch.targets.progress_mask.sum()) for batch in micro]
     assert len(set(supervised)) > 1
     assert sum(supervised) == micro[0].counts.progress == whole[0].counts.progress
@@ -68,8 +71,8 @@ def test_four_times_eight_equals_thirty_two(dot_corpus, tmp_path):
 
 def test_lightning_steps_the_same_with_and_without_accumulation(dot_corpus, tmp_path):
     options = ["trainer.max_steps=3", "data.pairs_per_step=8", "data.use_dense=false", "model.dropout=0.0"]
-    one = train(small(tmp_path / "one", dot_corpus.path, *options))
-    four = train(small(tmp_path / "four", dot_corpus.path, *options, "data.micro_batches=4"))
+    one = train(small(tmp_path / "one", dot_corpus.location, *options))
+    four = train(small(tmp_path / "four", dot_corpus.location, *options, "data.micro_batches=4"))
     a, b = load_file(one / "model.safetensors"), load_file(four / "model.safetensors")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3, msg=name)
@@ -77,9 +80,9 @@ def test_lightning_steps_the_same_with_and_without_accumulation(dot_corpus, tmp_
 
 def test_counts_are_of_the_whole_step_and_a_causal_pair_supervises_its_first_clip_only(dot_corpus):
     module = data_module(dot_corpus, pairs_per_step=6)
-    both = dataset(module, Share(6))[0]
+    (both,) = batches(module, Share(6))
     assert both.counts == Counts.of(both.targets)
-    first = PairDataset(module.corpus, module.sampler, module._preprocess, Share(6), supervise_both=False)[0]
+    (first,) = batches(data_module(dot_corpus, "causal", "joint", pairs_per_step=6), Share(6))
     starts = first.clips.lengths.cumsum(0) - first.clips.lengths
     for clip, (start, length) in enumerate(zip(starts, first.clips.lengths, strict=True)):
         mask = first.targets.success_mask[start : start + length]
@@ -87,7 +90,7 @@ def test_counts_are_of_the_whole_step_and_a_causal_pair_supervises_its_first_cli
 
 
 def test_shared_frames_are_read_once(dot_corpus):
-    batch = dataset(data_module(dot_corpus, weights={"rewind": 1}, pairs_per_step=4), Share(4))[0]
+    (batch,) = batches(data_module(dot_corpus, weights={"rewind": 1}, pairs_per_step=4), Share(4))
     assert len(batch.clips.frames) < len(batch.clips.frame_ids)
     assert int(batch.clips.frame_ids.max()) == len(batch.clips.frames) - 1
 
@@ -100,7 +103,7 @@ def test_a_step_cannot_be_cut_unevenly():
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(dot_corpus, tmp_path):
     """The broken run is a real process: SIGKILLed, then stopped with Ctrl-C, then finished."""
     options = ["trainer.max_steps=60", "trainer.checkpoint_every=5", "trainer.validate_every=25", "data.workers=1"]
-    unbroken = train(small(tmp_path / "unbroken", dot_corpus.path, *options))
+    unbroken = train(small(tmp_path / "unbroken", dot_corpus.location, *options))
     folder = tmp_path / "broken"
     command = [
         sys.executable,
@@ -109,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(dot_corpus, tmp_pat
         "train",
         *SMALL,
         f"run_dir='{folder}'",
-        f"data.corpus='{dot_corpus.path}'",
+        f"data.corpus='{dot_corpus.location}'",
         *options,
     ]
     last = folder / "checkpoints" / "last.ckpt"
@@ -156,24 +159,28 @@ def losses_by_step(folder: Path) -> dict[int, str]:
 
 
 def test_a_checkpoint_says_what_it_stands_on(dot_corpus, tmp_path):
-    model = train(small(tmp_path / "run", dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2"))
+    config = small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=4", "trainer.checkpoint_every=2")
+    model = train(config)
     facts = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["rbm"]
     assert facts["snapshot"] == dot_corpus.snapshot
     assert facts["config"]["model"]["context_frames"] == 8
     assert "revision" in facts
     assert (model / "config.json").exists()
     assert list((tmp_path / "run").glob("logs/version_*/events.out.tfevents*"))
-    assert train(small(tmp_path / "run", dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2")) == model
+    assert (
+        train(small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=4", "trainer.checkpoint_every=2"))
+        == model
+    )
 
 
 def test_another_configuration_does_not_continue_a_run(dot_corpus, tmp_path):
-    train(small(tmp_path / "run", dot_corpus.path, "trainer.max_steps=2"))
+    train(small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=2"))
     with pytest.raises(UserError, match=r"another configuration \(differs in: data.seed, optimization.seed, seed\)"):
-        train(small(tmp_path / "run", dot_corpus.path, "trainer.max_steps=2", "seed=5"))
+        train(small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=2", "seed=5"))
 
 
 def test_a_truncated_checkpoint_is_told_and_nothing_is_lost(dot_corpus, tmp_path):
-    config = small(tmp_path / "run", dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2")
+    config = small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=4", "trainer.checkpoint_every=2")
     model = train(config)
     import shutil
 
@@ -188,7 +195,11 @@ def test_a_truncated_checkpoint_is_told_and_nothing_is_lost(dot_corpus, tmp_path
 def test_fine_tuning_starts_from_a_model(dot_corpus, tmp_path, tiny_checkpoint):
     model = train(
         small(
-            tmp_path / "run", dot_corpus.path, "trainer.max_steps=1", "optimization.lr=0", f"init='{tiny_checkpoint}'"
+            tmp_path / "run",
+            dot_corpus.location,
+            "trainer.max_steps=1",
+            "optimization.lr=0",
+            f"init='{tiny_checkpoint}'",
         )
     )
     a, b = load_file(tiny_checkpoint / "model.safetensors"), load_file(model / "model.safetensors")
@@ -199,7 +210,7 @@ def test_fine_tuning_starts_from_a_model(dot_corpus, tmp_path, tiny_checkpoint):
 def test_it_learns(dot_corpus, tmp_path, pair, preference):
     options = [f"model.pair={pair}", f"model.preference={preference}", "trainer.max_steps=100", "optimization.lr=3e-3",
                "data.pairs_per_step=8"]  # fmt: skip
-    folder = train(small(tmp_path / "run", dot_corpus.path, *options))
+    folder = train(small(tmp_path / "run", dot_corpus.location, *options))
     model = RewardModel.from_pretrained(str(folder))
     task = moving_dot.TASKS[0].text
     from rbm.model import ClipBatch
@@ -226,33 +237,18 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(dot_corpus, tmp_p
         "from rbm.cli import main; sys.argv[0] = 'rbm'; main()"
     )
     folder = tmp_path / "run"
-    arguments = ["train", *SMALL, f"run_dir='{folder}'", f"data.corpus='{dot_corpus.path}'", "trainer.max_steps=4",
+    arguments = ["train", *SMALL, f"run_dir='{folder}'", f"data.corpus='{dot_corpus.location}'", "trainer.max_steps=4",
                  "trainer.checkpoint_every=2"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert f"cannot write to {folder}" in done.stderr
     assert not list(folder.rglob("*.ckpt"))
-    assert train(small(folder, dot_corpus.path, "trainer.max_steps=4", "trainer.checkpoint_every=2")).exists()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_trajectory_stops_training_and_is_named(dot_corpus, tmp_path, workers):
-    import shutil
-
-    damaged = shutil.copytree(dot_corpus.path, tmp_path / "damaged")
-    chunk = max(damaged.glob("chunks/*"), key=lambda path: path.stat().st_size)
-    data = bytearray(chunk.read_bytes())
-    for place in range(len(data) // 8, len(data), 5000):
-        data[place] ^= 0xFF
-    chunk.write_bytes(data)
-    with pytest.raises(UserError, match="dot/move the dot") as caught:
-        train(small(tmp_path / "run", damaged, "trainer.max_steps=20", f"data.workers={workers}"))
-    assert "\n" not in str(caught.value)
+    assert train(small(folder, dot_corpus.location, "trainer.max_steps=4", "trainer.checkpoint_every=2")).exists()
 
 
 def test_options_that_lightning_refuses_are_one_line(dot_corpus, tmp_path):
     for option in ("trainer.precision=17", "trainer.accelerator=abacus", "trainer.wandb=true"):
         with pytest.raises(UserError) as caught:
-            train(small(tmp_path / "run", dot_corpus.path, option))
+            train(small(tmp_path / "run", dot_corpus.location, option))
         assert "\n" not in str(caught.value)
