@@ -1,9 +1,9 @@
-"""From a source to a corpus: processes walk the source's units and one writer commits.
+"""From a source to a corpus: processes walk the source's units, and one coordinator commits.
 
-Workers collect and encode; they send finished payloads through pipes, and the parent writes them in
-the order of the units, whichever worker is faster: so the same source gives the same corpus with any
-number of workers. Memory is bounded: what is ahead of its turn waits in the parent up to a limit, and
-beyond that workers block until it is their turn. A build that was cut off goes on with the next call.
+Each worker collects, encodes and writes whole segments itself; what goes through its pipe are records. The coordinator
+takes finished segments over and enters their trajectories in the order of the units, whichever worker is faster: so
+the same source gives the same trajectories in the same order with any number of workers. A build that was cut off
+goes on with the next call.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dataset_builder.sources.base import Skipped, Source
-from rbm.corpus import ClipCodec, CorpusWriter, Packed, pack
+from rbm.corpus import ClipCodec, CorpusWriter, Fork, ForkWriter, Placed, Segment
 from rbm.errors import UserError
 from rbm.trajectory import Quality, Task
 
@@ -44,7 +45,7 @@ class BuildSummary:
         skipped: material that gave no trajectory, each with its reason.
     """
 
-    corpus: Path
+    corpus: str
     snapshot: str | None
     added: dict[str, int]
     present: int
@@ -65,21 +66,21 @@ class BuildSummary:
 
 def build(
     source: Source,
-    corpus_path: str | os.PathLike[str],
+    corpus: str | os.PathLike[str],
     codec: str | ClipCodec = "jpeg",
     workers: int = 1,
-    commit_every: int = 100,
-    buffer_bytes: int = 256 << 20,
+    commit_every: int = 500,
     progress: bool = True,
 ) -> BuildSummary:
     """Collect everything that `source` gives into a corpus; goes on where an earlier call was cut off.
 
     Args:
         source: pickled to every worker (spawned: call this under `if __name__ == "__main__"`).
+        corpus: path or URL.
         codec: how clips are stored.
-        workers: processes that collect and encode.
-        commit_every: trajectories between commits; a kill loses no more than these.
-        buffer_bytes: how many payload bytes may wait for their turn.
+        workers: processes that collect, encode and write.
+        commit_every: trajectories in a worker's segment (which also ends after half a minute): a kill loses no more
+            than these for each worker.
         progress: show a bar and the summary on stderr.
 
     Raises:
@@ -91,33 +92,34 @@ def build(
     units, facts, tasks = source.units(), source.source_facts(), source.tasks()  # refused before anything is written
     console = Console(stderr=True, quiet=not progress)
     tally = _Tally()
-    with CorpusWriter(corpus_path, codec, commit_every=commit_every) as writer:
+    with CorpusWriter(corpus, codec, commit_every=commit_every) as writer:
         before = len(writer.ids)
         _enter_facts(writer, source.name, facts, tasks)
-        try:
-            with _bar(console) as bar, _Crew(source, codec, writer.ids, min(workers, max(1, len(units)))) as crew:
-                shown = bar.add_task("units", total=len(units), trajectories=0)
-                for item in crew.work(units, buffer_bytes):
-                    if isinstance(item, Packed):
-                        writer.add_packed(item)
-                        tally.added[item.trajectory.quality.value] += 1
+        with _bar(console) as bar, _Crew(source, writer, units, min(workers, max(1, len(units)))) as crew:
+            shown = bar.add_task("units", total=len(units), trajectories=0)
+            try:
+                for item in crew.work():
+                    if isinstance(item, Placed):
+                        tally.place(writer, item)
                         bar.update(shown, trajectories=sum(tally.added.values()))
                     elif isinstance(item, Skipped):
                         tally.skipped.append(item)
                         logger.warning("skipped %s: %s", item.what, item.reason)
                     else:
                         bar.advance(shown)
-        except (KeyboardInterrupt, UserError):
-            if writer.usable:
-                writer.commit()
-            logger.warning(
-                "stopped; %d trajectories stand in %s: run the same command again to go on",
-                before + sum(tally.added.values()) if writer.usable else before,
-                writer.path,
-            )
-            raise
+            except (KeyboardInterrupt, UserError):
+                if writer.usable:
+                    for placed in crew.rest():
+                        tally.place(writer, placed)
+                    writer.commit()
+                logger.warning(
+                    "stopped; %d trajectories stand in %s: run the same command again to go on",
+                    before + sum(tally.added.values()) if writer.usable else before,
+                    writer.location,
+                )
+                raise
         snapshot = writer.commit()
-    summary = BuildSummary(writer.path, snapshot, dict(tally.added), before, tuple(tally.skipped))
+    summary = BuildSummary(str(writer.location), snapshot, dict(tally.added), before, tuple(tally.skipped))
     console.print(summary.table())
     return summary
 
@@ -127,20 +129,36 @@ class _Tally:
     added: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
 
+    def place(self, writer: CorpusWriter, placed: Placed) -> None:
+        writer.place(placed)
+        self.added[placed.trajectory.quality.value] += 1
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A segment that a worker wrote, and for each of its trajectories the unit that it comes from."""
+
+    segment: Segment
+    units: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class _UnitDone:
-    pass
+    """`trajectories`: how many the unit gave; some may still lie in an unfinished segment."""
+
+    trajectories: int
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """A UserError in a worker, on its way to the parent."""
+    """A UserError in a worker, on its way to the coordinator; `trajectories`: what the unit had given before."""
 
     message: str
+    trajectories: int
 
 
-_Message = Packed | Skipped | _UnitDone | _Refused
+_Message = _Filled | Skipped | _UnitDone | _Refused | None
+"""What a worker sends; None when it ends."""
 
 
 def _enter_facts(writer: CorpusWriter, name: str, facts: dict[str, Any], tasks: list[Task]) -> None:
@@ -156,41 +174,85 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, count, TimeElapsedColumn(), console=console)
 
 
-def _collect(connection: Connection, source: Source, codec: str | ClipCodec) -> None:
-    """A worker: gets the ids to skip, then unit after unit (None: no more), sends what each gives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+def _collect(connection: Connection, source: Source) -> None:
+    """A worker: gets its fork and the ids to skip, then a unit at a time; None (also amid a unit) ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends its workers
     try:
-        skip: set[str] = connection.recv()
+        fork, skip = connection.recv()
+        held = _Held(connection, ForkWriter(fork))
         while (unit := connection.recv()) is not None:
-            try:
-                for item in source.collect(unit, skip):
-                    if isinstance(item, Skipped):
-                        connection.send(item)
-                    else:
-                        connection.send(pack(item.trajectory, item.frames, item.arrays, codec))
-                connection.send(_UnitDone())
-            except UserError as error:
-                connection.send(_Refused(str(error)))
+            if not _collect_unit(connection, held, source, unit, skip):
+                break
+        held.send(held.writer.flush())
+        connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is gone: there is nobody to work for
+        pass  # the coordinator is gone: there is nobody to work for
+
+
+def _collect_unit(connection: Connection, held: _Held, source: Source, unit: tuple[int, str], skip: set[str]) -> bool:
+    """False: the coordinator asked to end."""
+    number, name = unit
+    count = 0
+    try:
+        for item in source.collect(name, skip):
+            if isinstance(item, Skipped):
+                connection.send(item)
+                continue
+            segment = held.writer.add(item.trajectory, item.frames, item.arrays)
+            count += 1
+            held.units.append(number)
+            held.send(segment)
+            if connection.poll():
+                return False
+    except UserError as error:
+        connection.send(_Refused(str(error), count))
+    else:
+        connection.send(_UnitDone(count))
+    return True
+
+
+@dataclass
+class _Held:
+    """A worker's unfinished segment, and the units of the trajectories in it."""
+
+    connection: Connection
+    writer: ForkWriter
+    units: list[int] = field(default_factory=list)
+
+    def send(self, segment: Segment | None) -> None:
+        if segment is not None:
+            self.connection.send(_Filled(segment, tuple(self.units)))
+            self.units = []
 
 
 class _Worker:
     """One process, its pipe, and the unit that it is on."""
 
-    def __init__(self, number: int, source: Source, codec: str | ClipCodec, skip: set[str]) -> None:
+    def __init__(self, number: int, source: Source, fork: Fork, skip: set[str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.number = number
         self.unit: int | None = None
+        self.ending = False
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_collect, args=(theirs, source, codec), daemon=True)
-        self.process.start()
+        self.process: BaseProcess = context.Process(target=_collect, args=(theirs, source), daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, until it ignores Ctrl-C by itself
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
-        self.connection.send(skip)
+        self.connection.send((fork, skip))
+
+    def end(self) -> None:
+        """Ask it to end: it sends its last segment first."""
+        if not self.ending:
+            self.ending = True
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.connection.send(None)
 
     def stop(self) -> None:
         self.connection.close()
-        self.process.join(_GRACE_SECONDS if self.unit is None else 0)
+        self.process.join(_GRACE_SECONDS if self.ending else 0)
         if self.process.is_alive():
             self.process.terminate()
             self.process.join(_GRACE_SECONDS)
@@ -199,17 +261,32 @@ class _Worker:
             self.process.join()
 
 
+@dataclass
+class _Unit:
+    """What has come of one unit: trajectories and skipped material in order, how many trajectories there will be."""
+
+    arrived: deque[Placed] = field(default_factory=deque)
+    skipped: deque[Skipped] = field(default_factory=deque)
+    given: int = 0
+    total: int | None = None
+    refused: str | None = None
+
+
 class _Crew:
     """The workers of one build; a context manager that leaves none behind."""
 
-    def __init__(self, source: Source, codec: str | ClipCodec, skip: set[str], count: int) -> None:
-        self._source, self._codec, self._skip, self._count = source, codec, skip, count
+    def __init__(self, source: Source, writer: CorpusWriter, units: list[str], count: int) -> None:
+        self._source, self._writer, self._count = source, writer, count
+        self._names = units
+        self._units = [_Unit() for _ in units]
+        self._current = self._next = 0
+        self._last: int | None = None  # a unit that was refused: nothing after it is wanted
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> _Crew:
         try:
-            for number in range(self._count):
-                self._workers.append(_Worker(number, self._source, self._codec, self._skip))
+            for number, fork in enumerate(self._writer.fork(self._count)):
+                self._workers.append(_Worker(number, self._source, fork, self._writer.ids))
         except BaseException:
             self._stop()
             raise
@@ -218,66 +295,97 @@ class _Crew:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def work(self, units: list[str], buffer_bytes: int) -> Iterator[Packed | Skipped | _UnitDone]:
+    def work(self) -> Iterator[Placed | Skipped | _UnitDone]:
         """Everything that the units give, unit after unit, in the order within each; `_UnitDone` ends one.
 
         Raises:
             UserError: a source's, when its turn comes; or a worker died.
         """
-        waiting: dict[int, deque[_Message]] = {}
-        held = 0
-        next_unit = 0
-        for current in range(len(units)):
-            done = False
-            while not done:
-                for worker in self._workers:
-                    if worker.unit is None and next_unit < len(units):
-                        self._assign(worker, next_unit, units)
-                        waiting[next_unit] = deque()
-                        next_unit += 1
-                queue = waiting[current]
-                while queue and not done:
-                    message = queue.popleft()
-                    if isinstance(message, _Refused):
-                        raise UserError(message.message)
-                    if isinstance(message, Packed):
-                        held -= len(message.payload)
-                    done = isinstance(message, _UnitDone)
-                    yield message
-                if not done:
-                    held += self._receive(units, waiting, current if held >= buffer_bytes else None)
-            del waiting[current]
+        while True:
+            yield from self._in_order()
+            if self._current == len(self._names):
+                return
+            self._assign()
+            busy = {worker.connection: worker for worker in self._workers}
+            for connection in wait(list(busy)):
+                self._receive(busy[connection])  # type: ignore[index]
 
-    def _assign(self, worker: _Worker, unit: int, units: list[str]) -> None:
-        worker.unit = unit
+    def rest(self) -> Iterator[Placed]:
+        """After an interruption: what the workers had not sent yet, as far as nothing before it is missing."""
+        for worker in self._workers:
+            worker.end()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self._workers and (left := deadline - time.monotonic()) > 0:
+            busy = {worker.connection: worker for worker in self._workers}
+            for connection in wait(list(busy), left):
+                with suppress(UserError):  # a dead one has nothing left to send
+                    self._receive(busy[connection])  # type: ignore[index]
+        with suppress(UserError):
+            yield from (item for item in self._in_order() if isinstance(item, Placed))
+
+    def _in_order(self) -> Iterator[Placed | Skipped | _UnitDone]:
+        """What can be passed on now."""
+        while self._current < len(self._names):
+            unit = self._units[self._current]
+            while unit.skipped:
+                yield unit.skipped.popleft()
+            while unit.arrived:
+                unit.given += 1
+                yield unit.arrived.popleft()
+            if unit.total is None or unit.given < unit.total:
+                return
+            if unit.refused is not None:
+                raise UserError(unit.refused)
+            self._current += 1
+            yield _UnitDone(unit.total)
+
+    def _assign(self) -> None:
+        for worker in self._workers:
+            if worker.unit is None:
+                if self._next == len(self._names) or self._last is not None:
+                    worker.end()
+                elif not worker.ending:
+                    worker.unit = self._next
+                    try:
+                        worker.connection.send((self._next, self._names[self._next]))
+                    except (BrokenPipeError, ConnectionResetError):
+                        self._raise_death(worker)
+                    self._next += 1
+            elif self._last is not None and worker.unit > self._last:
+                worker.end()
+
+    def _receive(self, worker: _Worker) -> None:
+        """Take one message."""
         try:
-            worker.connection.send(units[unit])
-        except (BrokenPipeError, ConnectionResetError):
-            self._raise_death(worker, units)
-
-    def _receive(self, units: list[str], waiting: dict[int, deque[_Message]], only: int | None) -> int:
-        """Take one message from each worker that has one (from the one on unit `only`); returns payload bytes taken."""
-        busy = {w.connection: w for w in self._workers if w.unit is not None and only in (None, w.unit)}
-        taken = 0
-        for connection in wait(list(busy)):
-            worker = busy[connection]  # type: ignore[index]
+            message: _Message = worker.connection.recv()
+        except (EOFError, OSError):
+            self._raise_death(worker)
+        if message is None:
+            self._workers.remove(worker)
+            worker.stop()
+        elif isinstance(message, _Filled):
+            self._writer.take(message.segment)
+            for placed, number in zip(message.segment.placed, message.units, strict=True):
+                self._units[number].arrived.append(placed)
+        else:
             assert worker.unit is not None
-            try:
-                message: _Message = worker.connection.recv()
-            except (EOFError, OSError):
-                self._raise_death(worker, units)
-            waiting[worker.unit].append(message)
-            if isinstance(message, Packed):
-                taken += len(message.payload)
-            if isinstance(message, _UnitDone | _Refused):
+            unit = self._units[worker.unit]
+            if isinstance(message, Skipped):
+                unit.skipped.append(message)
+            elif isinstance(message, _UnitDone):
+                unit.total = message.trajectories
                 worker.unit = None
-        return taken
+            else:
+                unit.refused, unit.total = message.message, message.trajectories
+                self._last = worker.unit if self._last is None else min(self._last, worker.unit)
+                worker.unit = None
 
-    def _raise_death(self, worker: _Worker, units: list[str]) -> NoReturn:
+    def _raise_death(self, worker: _Worker) -> NoReturn:
+        self._workers.remove(worker)
         worker.process.join(_GRACE_SECONDS)
         code = worker.process.exitcode
         how = f"by signal {-code} (out of memory?)" if code is not None and code < 0 else f"with exit code {code}"
-        unit = units[worker.unit] if worker.unit is not None else "none"
+        unit = self._names[worker.unit] if worker.unit is not None else "none"
         raise UserError(
             f"worker {worker.number} died {how} on unit {unit!r}; its own message stands above, if it left one: "
             "run the same command again to go on"
