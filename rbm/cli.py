@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),
     "score": ("rbm.scoring.cli", "score", "Progress and success of a video, frame by frame."),
     "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
+    "bench": ("rbm.bench.cli", "bench", "Measure this machine: storing, opening, drawing, reading."),
     "rank": ("rbm.scoring.cli", "rank", "Order several attempts, best first."),
 }
 

@@ -17,13 +17,14 @@ ALLOWED = {
     "rbm.config": {"rbm.errors"},
     "rbm.output": {"rbm.errors"},
     "rbm.video": BASE | {"rbm.output"},
-    "rbm.corpus": BASE | {"rbm.video", "rbm.assets"},
+    "rbm.corpus": BASE | {"rbm.video", "rbm.assets", "rbm.output"},
     "rbm.sampling": BASE,
     "rbm.model": BASE,
     "rbm.scoring": BASE | {"rbm.model", "rbm.video", "rbm.output"},
     "rbm.training": BASE | {"rbm", "rbm.assets", "rbm.config", "rbm.corpus", "rbm.sampling", "rbm.model"},
     "rbm.evaluation": BASE
     | {"rbm.assets", "rbm.config", "rbm.corpus", "rbm.model", "rbm.scoring", "rbm.output", "rbm.video"},
+    "rbm.bench": BASE | {"rbm.corpus", "rbm.sampling", "rbm.output", "rbm.video"},
     "dataset_builder": BASE | {"rbm.config", "rbm.corpus", "rbm.video"},
 }
 ENTRY_POINTS = {"rbm", "rbm.cli", "rbm.demo"}

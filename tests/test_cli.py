@@ -49,7 +49,7 @@ def test_an_option_that_a_constructor_refuses(tmp_path):
 
 
 def test_corpus_info(dot_corpus):
-    done = rbm("corpus", "info", str(dot_corpus.path))
+    done = rbm("corpus", "info", str(dot_corpus.location))
     assert done.returncode == 0, done.stderr
     assert "48 trajectories" in done.stdout
     assert "move the dot left" in done.stdout
