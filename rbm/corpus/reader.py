@@ -190,8 +190,12 @@ class Corpus:
         if min_frames is not None:
             keep &= columns.n_frames >= min_frames
         if ids is not None:
+            wanted = _several(ids)
+            rows = self.ids.find_many(wanted)
+            if (rows < 0).any():
+                self.row(wanted[int(np.argmax(rows < 0))])  # says so
             among = np.zeros(len(self), bool)
-            among[[self.row(id) for id in _several(ids)]] = True
+            among[rows] = True
             keep &= among
         return np.flatnonzero(keep).astype(np.int64)
 

@@ -30,7 +30,7 @@ from rbm.corpus.index import strings
 from rbm.corpus.location import Location
 from rbm.corpus.lock import WriterLock
 from rbm.corpus.payload import Packed, pack
-from rbm.corpus.retry import commit, patient, read_session, write_session
+from rbm.corpus.retry import commit, patient, read_session, reason, write_session
 from rbm.corpus.segment import Fork, Placed, Segment, SegmentWriter
 from rbm.corpus.tables import (
     SourceInfo,
@@ -322,9 +322,7 @@ class CorpusWriter:
                 raise UserError(f"corpus {path}: the directory holds other files ({others[0]}, ...): give a new one")
             self._repository = (store.open_repository if others else store.create_repository)(self.location)
         if self._lock.predecessor_died:
-            collected = store.collect_garbage(self._repository, self.location)
-            if collected:
-                log.warning("corpus %s: %.1f MB that a dead writer left were collected", self.location, collected / 1e6)
+            self._collect_garbage()
         session = read_session(self._repository, None, self.location)
         root = store.open_root(session, self.location)
         if root is not None:
@@ -341,6 +339,17 @@ class CorpusWriter:
             self._attributes = {"format": layout.FORMAT, "version": layout.VERSION}
         self._used_segments = self._next_segment = self._attributes.get("segments", 0)
         self._begin()
+
+    def _collect_garbage(self) -> None:
+        """What a dead writer left; where that fails it stays, which costs room and nothing else."""
+        try:
+            collected = store.collect_garbage(self._repository, self.location)
+        except (UserError, *store.STORE_ERRORS) as error:
+            why = reason(error)
+            log.warning("corpus %s: what a dead writer left was not collected (%s): check it", self.location, why)
+            return
+        if collected:
+            log.warning("corpus %s: %.1f MB that a dead writer left were collected", self.location, collected / 1e6)
 
     def _begin(self) -> None:
         """A session for the next commit. A corpus that has none yet gets its (still invisible) layout."""
