@@ -19,7 +19,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "demo": ("rbm.demo", "demo", "Open the bundled corpus, train, evaluate, score a video: the whole loop."),
     "build": ("dataset_builder.cli", "build", "Make a corpus from a source (simulator, your own videos)."),
-    "corpus": ("rbm.corpus.cli", "corpus", "Look at a corpus, check and repair it, select from it, merge, compact, export."),
+    "corpus": (
+        "rbm.corpus.cli",
+        "corpus",
+        "Look at a corpus, check and repair it, select from it, merge, compact, export.",
+    ),
     "train": ("rbm.training.cli", "train", "Train a reward model."),
     "eval": ("rbm.evaluation.cli", "evaluate", "Evaluate a reward model and write a report."),
     "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),

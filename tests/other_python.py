@@ -1,6 +1,6 @@
-"""Run by .ci/newer-python on two versions of Python: what one writes, the other reads, and both read the bundled corpus.
+"""Run by .ci/newer-python on two versions of Python: what one writes, the other reads; both read the bundled corpus.
 
-    python tests/other_python.py FOLDER write|read
+python tests/other_python.py FOLDER write|read
 """
 
 import sys
