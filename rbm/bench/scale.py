@@ -50,8 +50,7 @@ def run(sizes: Sequence[int] = SIZES, keep: Path | None = None, workers: int = 8
         for place, size in zip(places, sizes, strict=True):
             if not place.exists():
                 synthetic.make(place, size, max(10, min(size // 25, TASKS_AT_MOST)))
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["RBM_CACHE"] = cache
+        with _own_cache():
             results = [_alone(place) for place in places]
             for place, result in zip(places, results, strict=True):
                 result["worker_private_MB"] = {method: _shared(place, method, workers) for method in START_METHODS}
@@ -68,6 +67,21 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """An empty cache of indexes, also for the processes that are started."""
+    before = os.environ.get("RBM_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RBM_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["RBM_CACHE"]
+            else:
+                os.environ["RBM_CACHE"] = before
 
 
 def _alone(place: Path) -> dict[str, Any]:

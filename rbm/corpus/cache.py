@@ -55,9 +55,9 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rbm" / "corpus"
 
 
-def load(snapshot: str) -> Index | None:
-    """The index of a snapshot, mapped, if it is in the cache and whole."""
-    place = _place(snapshot)
+def load(key: str) -> Index | None:
+    """An index, mapped, if it is in the cache and whole."""
+    place = _place(key)
     try:
         known = json.loads((place / "facts.json").read_text(encoding="utf-8"))
         arrays = {}
@@ -72,20 +72,20 @@ def load(snapshot: str) -> Index | None:
     return Index(arrays, known["facts"])
 
 
-def load_or_make(snapshot: str, make: Callable[[], Index]) -> Index:
-    """The index of a snapshot from the cache; made, and kept there, by the first process that asks."""
-    found = load(snapshot)
+def load_or_make(key: str, make: Callable[[], Index]) -> Index:
+    """An index from the cache; made, and kept there, by the first process that asks."""
+    found = load(key)
     if found is not None:
         return found
     made: Index | None = None
     try:
         with _lock():
-            found = load(snapshot)  # another process may have been faster
+            found = load(key)  # another process may have been faster
             if found is None:
                 made = make()
-                _write(_place(snapshot), made)
+                _write(_place(key), made)
                 _forget_old()
-                found = load(snapshot)
+                found = load(key)
     except OSError as error:
         log.warning(
             "%s: the index cannot be kept there (%s), so every process holds its own copy: "
@@ -96,18 +96,18 @@ def load_or_make(snapshot: str, make: Callable[[], Index]) -> Index:
     return found or made or make()
 
 
-def replace(snapshot: str, index: Index) -> None:
-    """Put the index of a snapshot into the cache in place of the one that is there, which is damaged.
+def replace(key: str, index: Index) -> None:
+    """Put an index into the cache in place of the one that is there, which is damaged.
 
     Raises:
         OSError: the cache can not be written.
     """
     with _lock():
-        _write(_place(snapshot), index)
+        _write(_place(key), index)
 
 
-def _place(snapshot: str) -> Path:
-    return folder() / f"{snapshot}.{VERSION}"
+def _place(key: str) -> Path:
+    return folder() / f"{key}.{VERSION}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from rbm.corpus import cache, layout, store
 from rbm.corpus.ahead import in_order, threads_for
 from rbm.corpus.location import Location
 from rbm.corpus.payload import CorruptPayload, Head, Payload
-from rbm.corpus.reader import Corpus, DamagedIndex, read_index
+from rbm.corpus.reader import Corpus, DamagedIndex, cache_key, read_index
 from rbm.corpus.retry import reason
 from rbm.errors import UserError
 from rbm.trajectory import Quality, completion_index
@@ -130,7 +130,7 @@ def check_corpus(
         bytes=int(columns.length.sum()),
         decoded=decode,
         index=_repeated_ids(corpus),
-        cache_damaged=_cache_differs(wanted, index),
+        cache_damaged=_cache_differs(location, wanted, index),
         shards=tuple(_bad_shards(corpus, segments, todo, bad)),
         bad=tuple(BadTrajectory(row, corpus.ids[row], bad[row]) for row in sorted(bad)),
     )
@@ -273,9 +273,9 @@ def _shard_problem(corpus: Corpus, segment: int, shard: int, size: int) -> str:
     return ""
 
 
-def _cache_differs(snapshot: str, index: cache.Index) -> bool:
+def _cache_differs(location: Location, snapshot: str, index: cache.Index) -> bool:
     """Whether the local copy is there and not what the store has."""
-    kept = cache.load(snapshot)
+    kept = cache.load(cache_key(location, snapshot))
     if kept is None:
         return False
     if kept.facts != json.loads(json.dumps(index.facts)) or set(kept.arrays) != set(index.arrays):

@@ -76,12 +76,13 @@ class Corpus:
         """
         location = Location.parse(place)
         if snapshot is not None and store.has_snapshot(location, snapshot):
-            index = cache.load(snapshot)
+            index = cache.load(cache_key(location, snapshot))
             if index is not None:
                 return cls(location, snapshot, index)
         repository = store.open_repository(location)
         wanted = store.resolve(repository, location, snapshot)
-        return cls(location, wanted, cache.load_or_make(wanted, lambda: read_index(repository, location, wanted)))
+        key = cache_key(location, wanted)
+        return cls(location, wanted, cache.load_or_make(key, lambda: read_index(repository, location, wanted)))
 
     def __reduce__(self) -> tuple[Any, tuple[Location, str]]:
         return Corpus.open, (self.location, self.snapshot)
@@ -299,6 +300,11 @@ class _Reader:
 
     def array_names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.corpus._head(self.row).arrays)
+
+
+def cache_key(location: Location, snapshot: str) -> str:
+    """A corpus on this machine and a copy of it in an object store share snapshots, but not where their shards are."""
+    return snapshot if location.local is not None else f"{snapshot}-remote"
 
 
 def _open_root(repository: icechunk.Repository, location: Location, snapshot: str) -> zarr.Group:

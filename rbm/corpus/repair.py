@@ -22,7 +22,7 @@ from rbm.corpus.check import Report, check_corpus
 from rbm.corpus.copy import as_packed
 from rbm.corpus.location import Location
 from rbm.corpus.lock import WriterLock
-from rbm.corpus.reader import Corpus, DamagedIndex, read_index
+from rbm.corpus.reader import Corpus, DamagedIndex, cache_key, read_index
 from rbm.corpus.retry import retrying, timeout
 from rbm.corpus.writer import CorpusWriter
 from rbm.errors import UserError
@@ -172,7 +172,7 @@ def _mend_reference(location: Location) -> bool:
 
 def _only_in(snapshot: str, index: cache.Index, location: Location) -> tuple[str, ...] | None:
     """Ids that a snapshot has beyond an index, told from its local copy."""
-    known = cache.load(snapshot)
+    known = cache.load(cache_key(location, snapshot))
     if known is None:
         return None
     kept = Corpus(location, snapshot, index).ids
@@ -188,7 +188,8 @@ def _collect_garbage(location: Location) -> int | None:
 
 def _make_cache(location: Location, snapshot: str) -> None:
     try:
-        cache.replace(snapshot, read_index(store.open_repository(location), location, snapshot))
+        index = read_index(store.open_repository(location), location, snapshot)
+        cache.replace(cache_key(location, snapshot), index)
     except OSError as error:
         raise UserError(f"{cache.folder()}: can not be written: {error.strerror or error}") from error
 
