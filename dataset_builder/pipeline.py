@@ -12,10 +12,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,13 +27,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dataset_builder.sources.base import Skipped, Source
-from rbm.corpus import ClipCodec, CorpusWriter, Fork, ForkWriter, Placed, Segment
+from rbm.corpus import ClipCodec, Corpus, CorpusWriter, Fork, ForkWriter, Placed, Segment
 from rbm.errors import UserError
 from rbm.trajectory import Quality, Task
 
 logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 5.0
+
+_LEAD = 4
+"""Units a worker that may be given out before the first unfinished one is done: what a kill costs at the most."""
+
+_IDLE_SECONDS = 0.5
+_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class BuildSummary:
         table.add_column("trajectories", justify="right")
         for quality in Quality:
             table.add_row(f"added, {quality.value}", str(self.added.get(quality.value, 0)))
-        table.add_row("there before", str(self.present))
+        table.add_row("there before, kept as they were", str(self.present))
         for reason, count in Counter(item.reason for item in self.skipped).most_common():
             table.add_row(f"skipped: {reason}", str(count))
         return table
@@ -79,8 +86,8 @@ def build(
         corpus: path or URL.
         codec: how clips are stored.
         workers: processes that collect, encode and write.
-        commit_every: trajectories in a worker's segment (which also ends after half a minute): a kill loses no more
-            than these for each worker.
+        commit_every: trajectories in a worker's segment, which also ends after half a minute. A kill costs these for
+            each worker, and what they finished behind a unit that is not: at most four units a worker.
         progress: show a bar and the summary on stderr.
 
     Raises:
@@ -95,22 +102,30 @@ def build(
     with CorpusWriter(corpus, codec, commit_every=commit_every) as writer:
         before = len(writer.ids)
         _enter_facts(writer, source.name, facts, tasks)
-        with _bar(console) as bar, _Crew(source, writer, units, min(workers, max(1, len(units)))) as crew:
+        with (
+            _bar(console) as bar,
+            _interrupts() as interrupted,
+            _Crew(source, writer, units, min(workers, max(1, len(units))), interrupted) as crew,
+        ):
             shown = bar.add_task("units", total=len(units), trajectories=0)
+            refused = False
             try:
                 for item in crew.work():
-                    if isinstance(item, Placed):
-                        tally.place(writer, item)
-                        bar.update(shown, trajectories=sum(tally.added.values()))
-                    elif isinstance(item, Skipped):
+                    if isinstance(item, Skipped):
                         tally.skipped.append(item)
                         logger.warning("skipped %s: %s", item.what, item.reason)
+                    elif isinstance(item, _Ready):
+                        refused = True
+                        tally.place(writer, item)
+                        refused = False
+                        bar.update(shown, trajectories=sum(tally.added.values()))
                     else:
                         bar.advance(shown)
             except (KeyboardInterrupt, UserError):
+                if not refused:  # else what comes behind a refused trajectory would take its place in the order
+                    for item in crew.rest():
+                        tally.place(writer, item)
                 if writer.usable:
-                    for placed in crew.rest():
-                        tally.place(writer, placed)
                     writer.commit()
                 logger.warning(
                     "stopped; %d trajectories stand in %s: run the same command again to go on",
@@ -129,17 +144,30 @@ class _Tally:
     added: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def place(self, writer: CorpusWriter, placed: Placed) -> None:
-        writer.place(placed)
-        self.added[placed.trajectory.quality.value] += 1
+    def place(self, writer: CorpusWriter, item: _Ready) -> None:
+        """A segment is taken over with the first trajectory of it that is placed: what never is, is garbage."""
+        if not item.filled.taken:
+            writer.take(item.filled.segment)
+            item.filled.taken = True
+        writer.place(item.placed)
+        self.added[item.placed.trajectory.quality.value] += 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Filled:
     """A segment that a worker wrote, and for each of its trajectories the unit that it comes from."""
 
     segment: Segment
     units: tuple[int, ...]
+    taken: bool = False
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A trajectory whose turn it is, and the segment that it lies in."""
+
+    placed: Placed
+    filled: _Filled
 
 
 @dataclass(frozen=True)
@@ -157,7 +185,14 @@ class _Refused:
     trajectories: int
 
 
-_Message = _Filled | Skipped | _UnitDone | _Refused | None
+@dataclass(frozen=True)
+class _Failed:
+    """A worker could not write, and has given up trajectories that it had announced."""
+
+    message: str
+
+
+_Message = _Filled | Skipped | _UnitDone | _Refused | _Failed | None
 """What a worker sends; None when it ends."""
 
 
@@ -174,37 +209,75 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, count, TimeElapsedColumn(), console=console)
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C is only noted, so that it strikes where it can; the second strikes at once. Says if it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted: list[bool] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        noted.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _collect(connection: Connection, source: Source) -> None:
-    """A worker: gets its fork and the ids to skip, then a unit at a time; None (also amid a unit) ends it."""
+    """A worker: gets its fork, then a unit at a time; None (also amid a unit) ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends its workers
     try:
-        fork, skip = connection.recv()
-        held = _Held(connection, ForkWriter(fork))
-        while (unit := connection.recv()) is not None:
-            if not _collect_unit(connection, held, source, unit, skip):
-                break
-        held.send(held.writer.flush())
+        fork = connection.recv()
+        try:
+            present = Corpus.open(fork.location, fork.snapshot).ids  # mapped, however many they are
+            held = _Held(connection, ForkWriter(fork))
+            while (unit := _next_unit(connection, held)) is not None:
+                if not _collect_unit(connection, held, source, unit, present):
+                    break
+            held.flush()
+        except UserError as error:
+            connection.send(_Failed(str(error)))
         connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the coordinator is gone: there is nobody to work for
 
 
-def _collect_unit(connection: Connection, held: _Held, source: Source, unit: tuple[int, str], skip: set[str]) -> bool:
+def _next_unit(connection: Connection, held: _Held) -> tuple[int, str] | None:
+    """Whoever has to wait for work hands over what it has: the others may be waiting for it."""
+    if not connection.poll(_IDLE_SECONDS):
+        held.flush()
+    unit: tuple[int, str] | None = connection.recv()
+    return unit
+
+
+def _collect_unit(
+    connection: Connection, held: _Held, source: Source, unit: tuple[int, str], present: Container[str]
+) -> bool:
     """False: the coordinator asked to end."""
     number, name = unit
     count = 0
     try:
-        for item in source.collect(name, skip):
+        for item in source.collect(name, present):
             if isinstance(item, Skipped):
                 connection.send(item)
-                continue
-            segment = held.writer.add(item.trajectory, item.frames, item.arrays)
-            count += 1
-            held.units.append(number)
-            held.send(segment)
+            else:
+                segment = held.writer.add(item.trajectory, item.frames, item.arrays)
+                count += 1
+                held.units.append(number)
+                held.send(segment)
+            if held.writer.is_old:
+                held.flush()
             if connection.poll():
                 return False
     except UserError as error:
+        if held.writer.failed:
+            raise
         connection.send(_Refused(str(error), count))
     else:
         connection.send(_UnitDone(count))
@@ -219,6 +292,9 @@ class _Held:
     writer: ForkWriter
     units: list[int] = field(default_factory=list)
 
+    def flush(self) -> None:
+        self.send(self.writer.flush())
+
     def send(self, segment: Segment | None) -> None:
         if segment is not None:
             self.connection.send(_Filled(segment, tuple(self.units)))
@@ -228,7 +304,7 @@ class _Held:
 class _Worker:
     """One process, its pipe, and the unit that it is on."""
 
-    def __init__(self, number: int, source: Source, fork: Fork, skip: set[str]) -> None:
+    def __init__(self, number: int, source: Source, fork: Fork) -> None:
         context = multiprocessing.get_context("spawn")
         self.number = number
         self.unit: int | None = None
@@ -241,7 +317,8 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
-        self.connection.send((fork, skip))
+        with suppress(BrokenPipeError, ConnectionResetError):  # that it is dead is told where its answer is missing
+            self.connection.send(fork)
 
     def end(self) -> None:
         """Ask it to end: it sends its last segment first."""
@@ -265,7 +342,7 @@ class _Worker:
 class _Unit:
     """What has come of one unit: trajectories and skipped material in order, how many trajectories there will be."""
 
-    arrived: deque[Placed] = field(default_factory=deque)
+    arrived: deque[_Ready] = field(default_factory=deque)
     skipped: deque[Skipped] = field(default_factory=deque)
     given: int = 0
     total: int | None = None
@@ -275,10 +352,13 @@ class _Unit:
 class _Crew:
     """The workers of one build; a context manager that leaves none behind."""
 
-    def __init__(self, source: Source, writer: CorpusWriter, units: list[str], count: int) -> None:
+    def __init__(
+        self, source: Source, writer: CorpusWriter, units: list[str], count: int, interrupted: Callable[[], bool]
+    ) -> None:
         self._source, self._writer, self._count = source, writer, count
+        self._interrupted = interrupted
         self._names = units
-        self._units = [_Unit() for _ in units]
+        self._units: dict[int, _Unit] = defaultdict(_Unit)
         self._current = self._next = 0
         self._last: int | None = None  # a unit that was refused: nothing after it is wanted
         self._workers: list[_Worker] = []
@@ -286,7 +366,7 @@ class _Crew:
     def __enter__(self) -> _Crew:
         try:
             for number, fork in enumerate(self._writer.fork(self._count)):
-                self._workers.append(_Worker(number, self._source, fork, self._writer.ids))
+                self._workers.append(_Worker(number, self._source, fork))
         except BaseException:
             self._stop()
             raise
@@ -295,22 +375,25 @@ class _Crew:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def work(self) -> Iterator[Placed | Skipped | _UnitDone]:
+    def work(self) -> Iterator[_Ready | Skipped | _UnitDone]:
         """Everything that the units give, unit after unit, in the order within each; `_UnitDone` ends one.
 
         Raises:
-            UserError: a source's, when its turn comes; or a worker died.
+            UserError: a source's, when its turn comes; or a worker died. KeyboardInterrupt: Ctrl-C was noted.
         """
         while True:
-            yield from self._in_order()
+            for item in self._in_order():
+                yield item
+                self._check_interrupt()
             if self._current == len(self._names):
                 return
             self._assign()
             busy = {worker.connection: worker for worker in self._workers}
-            for connection in wait(list(busy)):
+            for connection in wait(list(busy), _WAIT_SECONDS):
                 self._receive(busy[connection])  # type: ignore[index]
+            self._check_interrupt()
 
-    def rest(self) -> Iterator[Placed]:
+    def rest(self) -> Iterator[_Ready]:
         """After an interruption: what the workers had not sent yet, as far as nothing before it is missing."""
         for worker in self._workers:
             worker.end()
@@ -321,9 +404,13 @@ class _Crew:
                 with suppress(UserError):  # a dead one has nothing left to send
                     self._receive(busy[connection])  # type: ignore[index]
         with suppress(UserError):
-            yield from (item for item in self._in_order() if isinstance(item, Placed))
+            yield from (item for item in self._in_order() if isinstance(item, _Ready) and self._writer.usable)
 
-    def _in_order(self) -> Iterator[Placed | Skipped | _UnitDone]:
+    def _check_interrupt(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
+
+    def _in_order(self) -> Iterator[_Ready | Skipped | _UnitDone]:
         """What can be passed on now."""
         while self._current < len(self._names):
             unit = self._units[self._current]
@@ -336,6 +423,7 @@ class _Crew:
                 return
             if unit.refused is not None:
                 raise UserError(unit.refused)
+            del self._units[self._current]
             self._current += 1
             yield _UnitDone(unit.total)
 
@@ -344,7 +432,7 @@ class _Crew:
             if worker.unit is None:
                 if self._next == len(self._names) or self._last is not None:
                     worker.end()
-                elif not worker.ending:
+                elif not worker.ending and self._next < self._current + _LEAD * self._count:
                     worker.unit = self._next
                     try:
                         worker.connection.send((self._next, self._names[self._next]))
@@ -363,10 +451,11 @@ class _Crew:
         if message is None:
             self._workers.remove(worker)
             worker.stop()
+        elif isinstance(message, _Failed):
+            raise UserError(message.message)
         elif isinstance(message, _Filled):
-            self._writer.take(message.segment)
             for placed, number in zip(message.segment.placed, message.units, strict=True):
-                self._units[number].arrived.append(placed)
+                self._units[number].arrived.append(_Ready(placed, message))
         else:
             assert worker.unit is not None
             unit = self._units[worker.unit]

@@ -9,7 +9,7 @@ Letters in shapes: T stored frames (at most 64), L steps of the original episode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,6 +79,6 @@ class Source(Protocol):
         """Names of the units, in the order of work."""
         ...
 
-    def collect(self, unit: str, skip: set[str]) -> Iterator[Episode | Skipped]:
+    def collect(self, unit: str, skip: Container[str]) -> Iterator[Episode | Skipped]:
         """The episodes of one unit, but those in `skip`; `Skipped` for material that could not be used."""
         ...

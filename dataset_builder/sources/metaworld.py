@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,7 +178,7 @@ class Metaworld:
         """The attempts that fill the quotas, without pixels, in order of index."""
         return self._choose(unit, _Ledger(dict(self._quotas)))
 
-    def collect(self, unit: str, skip: set[str]) -> Iterator[Episode | Skipped]:
+    def collect(self, unit: str, skip: Container[str]) -> Iterator[Episode | Skipped]:
         """The chosen attempts less those in `skip`, then what was left out and which quotas stayed open."""
         ledger = _Ledger(dict(self._quotas))
         for index, attempt in self._choose(unit, ledger):

@@ -21,7 +21,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +110,7 @@ class VideosSource:
         starts = range(0, len(self._rows), self.rows_per_unit)
         return [f"{start}-{min(start + self.rows_per_unit, len(self._rows)) - 1}" for start in starts]
 
-    def collect(self, unit: str, skip: set[str]) -> Iterator[Episode | Skipped]:
+    def collect(self, unit: str, skip: Container[str]) -> Iterator[Episode | Skipped]:
         first, last = (int(number) for number in unit.split("-"))
         for row in self._rows[first : last + 1]:
             if isinstance(row, Skipped):

@@ -21,9 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from rbm.bench.synthetic import scene
+from rbm.bench.synthetic import load_clips, scene
 from rbm.corpus.codecs import Bytes, ClipCodec, H264Codec, JpegCodec, Subsampling
-from rbm.errors import UserError
 from rbm.video import resize_frames
 
 Frames = NDArray[np.uint8]
@@ -52,7 +51,7 @@ def run(frames: Path | None = None, clips: int = 2, rounds: int = 9) -> dict[str
     if frames is None:
         sources = {f"generated {h}x{w}": np.stack([scene(rng, h, w, 0.0) for _ in range(clips)]) for h, w in SIZES}
     else:
-        sources = {frames.stem: _load(frames)}
+        sources = {frames.stem: load_clips(frames, N_READ)}
     contents: dict[str, dict[str, Any]] = {}
     for name, clean in sources.items():
         contents[name] = measure(clean, rounds)
@@ -190,16 +189,6 @@ def _as_seen(clip: Frames) -> Frames:
     height, width = clip.shape[1:3]
     scale = min(1.0, MODEL_SIDE / min(height, width))
     return resize_frames(clip, round(height * scale), round(width * scale))
-
-
-def _load(path: Path) -> Frames:
-    try:
-        clips = np.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read it as a .npy file: {error}") from error
-    if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[4] != 3 or clips.shape[1] < N_READ:
-        raise UserError(f"{path}: holds {clips.dtype} {clips.shape}, need uint8 (N, T >= {N_READ}, H, W, 3)")
-    return clips
 
 
 def _mean(numbers: Iterable[float]) -> float:

@@ -14,7 +14,7 @@ _PANELS: tuple[tuple[str, str, dict[str, str], dict[str, float]], ...] = (
      {"open, resident": 200.0, "a worker, private": 10.0}),
     ("draw of a pair", "µs", {"which trajectories": "draw_us", "with frames and wording": "pair_us"},
      {"which trajectories": 5.0}),
-    ("sample: a pair, 8 of 64 frames each", "ms", {"read and decoded": "sample_ms"}, {}),
+    ("a pair read, 8 of 64 frames each", "ms", {"read and decoded": "sample_ms"}, {}),
 )  # fmt: skip
 
 
@@ -35,9 +35,14 @@ def draw(facts: Mapping[str, Any], target: Path) -> None:
             axis.plot(sizes, values, "o-", color=f"C{number}", label=label)
             if label in limits:
                 axis.axhline(limits[label], color=f"C{number}", linestyle="--", linewidth=1, alpha=0.7)
-        axis.set(title=title, xlabel="trajectories", ylabel=unit, xscale="log", yscale="log")
+        axis.set(xlabel="trajectories", ylabel=unit, xscale="log", yscale="log")
+        axis.set_title(title, fontsize="medium")
         if len(lines) == 1:
             axis.set_ylim(min(values) / 3, max(values) * 3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         axis.legend(frameon=False, fontsize="small")
         axis.grid(alpha=0.25)
     with whole_file(target) as temporary:

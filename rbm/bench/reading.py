@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rbm.bench.measure import machine, medians, one_core
-from rbm.bench.synthetic import N_FRAMES, record, scene
+from rbm.bench.synthetic import N_FRAMES, load_clips, record, scene
 from rbm.corpus import Corpus, CorpusWriter
-from rbm.errors import UserError
 from rbm.trajectory import Quality
 
 N_READ = 8
@@ -52,9 +51,7 @@ def _clips(file: Path | None, count: int) -> list[NDArray[np.uint8]]:
     rng = np.random.default_rng(0)
     if file is None:
         return [scene(rng, 240, 320, 0.0) for _ in range(count)]
-    stored = np.load(file, allow_pickle=False)
-    if stored.dtype != np.uint8 or stored.ndim != 5 or stored.shape[1] != N_FRAMES:
-        raise UserError(f"{file}: holds {stored.dtype} {stored.shape}, need uint8 (N, {N_FRAMES}, H, W, 3)")
+    stored = load_clips(file, N_FRAMES)[:, :N_FRAMES]
     return [np.roll(stored[number % len(stored)], number // len(stored), axis=2) for number in range(count)]
 
 

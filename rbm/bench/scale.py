@@ -49,14 +49,22 @@ def run(sizes: Sequence[int] = SIZES, keep: Path | None = None, workers: int = 8
         places = [folder / f"corpus-{size}" for size in sizes]
         for place, size in zip(places, sizes, strict=True):
             if not place.exists():
+                _say(f"making a corpus of {size:,} trajectories")
                 synthetic.make(place, size, max(10, min(size // 25, TASKS_AT_MOST)))
         with _own_cache():
+            _say("opening them")
             results = [_alone(place) for place in places]
+            _say(f"sharing each with {workers} processes, started in {len(START_METHODS)} ways")
             for place, result in zip(places, results, strict=True):
                 result["worker_private_MB"] = {method: _shared(place, method, workers) for method in START_METHODS}
+            _say("drawing and reading")
             for result, times in zip(results, _draws(places, blocks), strict=True):
                 result |= times
     return {"sizes": list(sizes), "results": results, "workers": workers, "machine": machine()}
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 @contextmanager

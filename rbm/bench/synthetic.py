@@ -11,6 +11,7 @@ from rbm.corpus import Corpus, CorpusWriter, layout, store
 from rbm.corpus.location import Location
 from rbm.corpus.retry import commit
 from rbm.corpus.tables import pack_strings
+from rbm.errors import UserError
 from rbm.trajectory import Quality, Task, Trajectory
 
 N_FRAMES = 64
@@ -28,6 +29,21 @@ def scene(rng: np.random.Generator, height: int, width: int, noise: float) -> ND
         frame[np.abs(x - reach - 0.2 * y) < 0.05] = (60, 60, 70)
         frame[(x - reach) ** 2 + (y - 0.7) ** 2 < 0.01] = (220, 60, 40)
     return np.clip(frames + rng.normal(0, noise, frames.shape), 0, 255).astype(np.uint8)
+
+
+def load_clips(path: Path, n_frames: int) -> NDArray[np.uint8]:
+    """Clips of a .npy file, uint8 (N, T, H, W, 3) with T of at least `n_frames`.
+
+    Raises:
+        UserError: it holds no such array.
+    """
+    try:
+        clips: NDArray[np.uint8] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read it as a .npy file: {error}") from error
+    if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[4] != 3 or clips.shape[1] < n_frames:
+        raise UserError(f"{path}: holds {clips.dtype} {clips.shape}, need uint8 (N, T >= {n_frames}, H, W, 3)")
+    return clips
 
 
 def record(id: str, task: str, quality: Quality, height: int, width: int) -> Trajectory:

@@ -5,8 +5,8 @@ Icechunk has no way to map a column. So the first open of a snapshot reads the i
 open takes milliseconds, and a million trajectories cost a process nothing that it does not touch.
 
     ~/.cache/rbm/corpus/            or $RBM_CACHE/corpus, $XDG_CACHE_HOME/rbm/corpus
-      lock                          held while one process writes
-      <snapshot>.<version>/
+      <key>.lock                    held while one process writes
+      <key>.<version>/              key: the snapshot, with -remote for a corpus in an object store
         facts.json                  sizes of the files, and what is no array
         <name>.npy …
 
@@ -23,7 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,10 @@ def load(key: str) -> Index | None:
             if file.stat().st_size != size:
                 return None
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # a plain one is faster
-        os.utime(place)
     except (OSError, ValueError, KeyError):
         return None
+    with suppress(OSError):  # another user's cache, which this one may only read
+        os.utime(place)
     return Index(arrays, known["facts"])
 
 
@@ -79,7 +80,7 @@ def load_or_make(key: str, make: Callable[[], Index]) -> Index:
         return found
     made: Index | None = None
     try:
-        with _lock():
+        with _lock(key):
             found = load(key)  # another process may have been faster
             if found is None:
                 made = make()
@@ -102,7 +103,7 @@ def replace(key: str, index: Index) -> None:
     Raises:
         OSError: the cache can not be written.
     """
-    with _lock():
+    with _lock(key):
         _write(_place(key), index)
 
 
@@ -111,9 +112,9 @@ def _place(key: str) -> Path:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
+def _lock(key: str) -> Iterator[None]:
     folder().mkdir(parents=True, exist_ok=True)
-    with open(folder() / "lock", "w") as file:
+    with open(folder() / f"{key}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -137,5 +138,8 @@ def _write(place: Path, index: Index) -> None:
 
 def _forget_old() -> None:
     for place in folder().iterdir():
-        if place.is_dir() and time.time() - place.stat().st_mtime > KEEP_SECONDS:
-            shutil.rmtree(place, ignore_errors=True)
+        if time.time() - place.stat().st_mtime > KEEP_SECONDS:
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink(missing_ok=True)

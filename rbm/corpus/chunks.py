@@ -91,7 +91,7 @@ def shard_table(
     if location.local is not None:
         try:
             found = shard_files(repository, snapshot, location.local)
-        except (ValueError, OSError, struct.error, RuntimeError) as error:
+        except (ValueError, FileNotFoundError, struct.error, RuntimeError) as error:
             log.warning("corpus %s: its shards are read through Icechunk, which is slower (%s)", location, error)
     order = sorted(found)
     keys = np.array([segment << 32 | shard for segment, shard in order], np.int64)

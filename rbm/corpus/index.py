@@ -141,6 +141,9 @@ class Ids(Sequence[str]):
         for first in range(0, len(self), _STRINGS_AT_ONCE):
             yield from strings(self._heap, self._end, first, min(first + _STRINGS_AT_ONCE, len(self)))
 
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and self.find(id) is not None
+
     def find(self, id: str) -> int | None:
         """Trajectory number of an id, or None."""
         raw = id.encode("utf-8", "surrogatepass")

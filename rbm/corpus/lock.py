@@ -50,6 +50,8 @@ class WriterLock:
     """
 
     def __init__(self, location: Location) -> None:
+        if location.local is not None:  # one lock, whatever links lead there
+            location = Location.parse(os.path.realpath(location.path))
         place = location.sibling(f".{location.name}.writer.lock")
         self._lock = _FileLock(location, place) if place.local is not None else _Lease(location, place)
 
@@ -58,7 +60,7 @@ class WriterLock:
         return self._lock.predecessor_died
 
     def acquire(self) -> None:
-        """Raises UserError: another writer holds it (says which)."""
+        """Raises UserError: another writer holds it (says which); it can not be written."""
         self._lock.acquire()
 
     def check(self) -> None:
@@ -86,7 +88,13 @@ class _FileLock:
     def acquire(self) -> None:
         path = self._path
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise UserError(
+                    f"corpus {self._location}: the lock for its writer can not be made ({path}: {error.strerror}): see "
+                    f"that {path.parent} is there and can be written to"
+                ) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -54,6 +54,7 @@ class Corpus:
         self.location = location
         self.snapshot = snapshot
         self._attributes: dict[str, Any] = facts["attributes"]
+        store.check_version(self._attributes, location)  # a newer rbm may have written the cache
         self.columns = Columns(**{field.name: arrays[field.name] for field in fields(Columns)})
         self.ids = Ids(arrays[layout.ID_HEAP], arrays[layout.ID_END], Names(arrays["id_hash"], arrays["id_row"]))
         self.tasks = Tasks(
@@ -341,7 +342,10 @@ def read_index(repository: icechunk.Repository, location: Location, snapshot: st
             f"corpus {location}: the index of snapshot {snapshot} is damaged ({reason(error)}): run "
             "`rbm corpus check --repair` on it, open an earlier snapshot, or build it again"
         ) from error
-    keys, files = shard_table(repository, location, snapshot)
+    try:
+        keys, files = shard_table(repository, location, snapshot)
+    except OSError as error:
+        raise UserError(f"corpus {location}: can not be read: {reason(error)}") from error
     arrays |= {
         "id_hash": ids.hashes, "id_row": ids.rows, "task_hash": texts.hashes, "task_row": texts.rows,
         "task_scene": task_scene, "group_end": groups.indptr, "group_rows": groups.order,

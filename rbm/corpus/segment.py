@@ -9,7 +9,8 @@ from __future__ import annotations
 import pickle
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import google_crc32c
@@ -114,12 +115,14 @@ class Fork:
     """What a worker process needs to write segments for a coordinator; small, and made to be pickled.
 
     Attributes:
+        snapshot: of the corpus as it was then.
         session: a pickled fork of the coordinator's session, still clean.
         first, step: numbers of this worker's segments: first, first + step, ...
         codec, segment_bytes, commit_every: as of the `CorpusWriter`.
     """
 
     location: Location
+    snapshot: str
     session: bytes
     first: int
     step: int
@@ -139,14 +142,21 @@ class Segment:
 class ForkWriter:
     """Encodes trajectories and writes them as segments, in a worker process.
 
-    A segment ends when it holds `segment_bytes` or `commit_every` trajectories, or is `seconds` old: what a kill
-    costs. Each is handed to the coordinator (`CorpusWriter.take`), and is in the corpus when that commits.
+    A segment ends when it holds `segment_bytes` or `commit_every` trajectories, or is `seconds` old. Each is handed to
+    the coordinator (`CorpusWriter.take`, `place`), and is in the corpus when that commits. Where a write fails, the
+    segment is given up, with all its trajectories, and `failed` is set.
     """
 
     def __init__(self, fork: Fork, seconds: float = 30.0) -> None:
+        self.failed = False
         self._fork, self._seconds = fork, seconds
         self._next = fork.first
         self._begin()
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the segment was begun so many `seconds` ago."""
+        return self._writer is not None and time.monotonic() - self._since >= self._seconds
 
     def add(
         self,
@@ -160,25 +170,40 @@ class ForkWriter:
             UserError: frames do not fit the record, or the storage fails.
         """
         packed = pack(trajectory, frames, arrays, self._fork.codec)
-        if self._writer is None:
-            self._open()
-        assert self._writer is not None
-        with store.writable(self._fork.location):
+        with self._writing():
+            if self._writer is None:
+                self._open()
+            assert self._writer is not None
             self._placed.append(self._writer.append(packed))
         full = self._fork.segment_bytes is not None and self._writer.size >= self._fork.segment_bytes
         many = self._fork.commit_every is not None and len(self._placed) >= self._fork.commit_every
-        return self.flush() if full or many or time.monotonic() - self._since >= self._seconds else None
+        return self.flush() if full or many or self.is_old else None
 
     def flush(self) -> Segment | None:
-        """End the segment now; None where nothing was added since the last."""
+        """End the segment now; None where nothing was added since the last.
+
+        Raises:
+            UserError: the storage fails.
+        """
         if self._writer is None:
             return None
-        with store.writable(self._fork.location):
+        with self._writing():
             self._writer.close()
-        done = Segment(pickle.dumps(self._session), tuple(self._placed))
+            done = Segment(pickle.dumps(self._session), tuple(self._placed))
         self._next += self._fork.step
         self._begin()
         return done
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with store.writable(self._fork.location):
+                yield
+        except BaseException:
+            self.failed = True
+            self._next += self._fork.step
+            self._begin()
+            raise
 
     def _begin(self) -> None:
         self._session: icechunk.ForkSession | None = None

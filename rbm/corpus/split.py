@@ -9,6 +9,8 @@ Rules, in order:
    them in the corpus, and stay together: a copy that is added later moves none of the older ones. Copies that the
    rules put on different sides (the same film filed under two tasks) stay only on the side furthest from training:
    newtask, heldout, validation, train; the others are left out of every side and listed in `dropped`.
+   Copies are told by their stored bytes: the same film stored by two codecs is two. Where the first copy is removed or
+   replaced, the next one decides for the others; pin a selection to keep a side.
 
 The hash knows nothing of the rest of the corpus. With a number below 1 (a fraction) the hash alone decides,
 and nothing ever moves. With a whole number the first so-many count, and as the corpus grows a trajectory can
@@ -173,7 +175,15 @@ def heldout_numbers(corpus: Corpus, tasks: Sequence[str], scenes: Sequence[str] 
     Raises:
         UserError: a task or scene that the corpus does not have.
     """
-    numbers = [corpus.task_number(text) for text in tasks]
+    numbers = []
+    for text in tasks:
+        try:
+            numbers.append(corpus.task_number(text))
+        except UserError as error:
+            raise UserError(
+                f"{error}. It is held out by data.heldout_tasks: name tasks of this corpus, or say data=corpus, which "
+                "holds out none"
+            ) from error
     for name in scenes:
         if name not in corpus.scenes:
             close = difflib.get_close_matches(name, corpus.scenes, n=3) or list(corpus.scenes)[:5]

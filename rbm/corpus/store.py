@@ -7,12 +7,17 @@ lock answers that), and its Rust runtime does not survive a fork.
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import icechunk
 import numpy as np
@@ -28,7 +33,7 @@ from rbm.corpus.location import Location
 from rbm.corpus.retry import connect, create, patient, read_session, reason, retrying
 from rbm.errors import UserError
 
-STORE_ERRORS = (IcechunkError, OSError, zarr.errors.BaseZarrError)
+STORE_ERRORS = (IcechunkError, icechunk.ConflictError, OSError, zarr.errors.BaseZarrError)
 """What reading or writing through zarr and Icechunk raises when the storage fails."""
 
 PAYLOAD_FOLDERS = ("chunks",)
@@ -36,9 +41,23 @@ COMMIT_FOLDERS = ("manifests", "snapshots", "transactions", f"refs/branch.{BRANC
 """What a commit writes, in a local repository."""
 
 _REPOSITORY_FOLDERS = ("refs", "snapshots")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SNAPSHOT_ID = re.compile(r"[0-9A-Z]{20}")
 
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("error,icechunk::repository=off")  # it colours what we say ourselves
+
+
+class NoSuchSnapshot(UserError):
+    """A corpus has no snapshot or tag of this name (any more)."""
+
+
+class DamagedStore(UserError):
+    """A part of the repository is damaged or gone. (One that can not be reached is another error.)"""
+
+
+class DamagedReference(DamagedStore):
+    """The file that names the newest snapshot of a local corpus is damaged: a power failure may leave it empty."""
 
 
 class _Runtime:
@@ -56,7 +75,22 @@ os.register_at_fork(after_in_child=_Runtime.after_fork)
 
 
 def is_repository(path: Path) -> bool:
-    return all((path / name).is_dir() for name in _REPOSITORY_FOLDERS)
+    """Raises UserError: one may not look into the folder."""
+    with readable(Location.parse(path)):
+        return all((path / name).is_dir() for name in _REPOSITORY_FOLDERS)
+
+
+def reference_file(path: Path) -> Path:
+    """The file that names the newest snapshot of a local repository."""
+    return path / "refs" / f"branch.{BRANCH}" / "ref.json"
+
+
+def reference_is_damaged(path: Path) -> bool:
+    """Whether that file names no snapshot, or is not there."""
+    try:
+        return not _SNAPSHOT_ID.fullmatch(json.loads(reference_file(path).read_bytes())["snapshot"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return True
 
 
 def check_runtime(location: Location) -> None:
@@ -73,23 +107,40 @@ def open_repository(location: Location) -> icechunk.Repository:
     """The repository at a location.
 
     Raises:
-        UserError: nothing is there, or something else.
+        UserError: nothing is there, or something else. DamagedReference: see there.
     """
-    path = location.local
-    if path is not None:
-        if not path.exists():
-            raise UserError(f"corpus {location}: no such directory")
-        if not path.is_dir():
-            raise UserError(f"corpus {location}: is a file, a corpus is a directory")
-        if not is_repository(path):
-            what = "holds no corpus" if any(path.iterdir()) else "is an empty directory, it holds no corpus"
-            raise UserError(f"corpus {location}: {what}; make one with `rbm build corpus={location} ...`")
+    if location.local is not None:
+        with readable(location):
+            _check_folder(location, location.local)
     check_runtime(location)
     with readable(location):
         try:
             return connect(location)
         except FileNotFoundError as error:
             raise UserError(f"{error}; make one with `rbm build corpus={location} ...`") from error
+
+
+def _check_folder(location: Location, path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"corpus {location}: no such directory")
+    if not path.is_dir():
+        raise UserError(f"corpus {location}: is a file, a corpus is a directory")
+    if not is_repository(path):
+        names = {item.name for item in path.iterdir()}
+        if names & {"refs", "snapshots"} and "chunks" in names:
+            missing = "snapshots" if "refs" in names else "refs"
+            raise UserError(
+                f"corpus {location}: parts of a corpus are there, but {missing}/ is missing: restore it from a backup"
+            )
+        if {"zarr.json", INDEX_GROUP, SEGMENT_GROUP} <= names:
+            raise UserError(f"corpus {location}: is a plain Zarr export of a corpus: open the corpus that it came from")
+        what = "holds no corpus" if names else "is an empty directory, it holds no corpus"
+        raise UserError(f"corpus {location}: {what}; make one with `rbm build corpus={location} ...`")
+    if reference_is_damaged(path):
+        raise DamagedReference(
+            f"corpus {location}: {reference_file(path).relative_to(path)}, which names its newest snapshot, is "
+            f"damaged: run `rbm corpus check --repair {location}`"
+        )
 
 
 def create_repository(location: Location) -> icechunk.Repository:
@@ -186,14 +237,27 @@ def head(repository: icechunk.Repository) -> str:
 
 def has_snapshot(location: Location, snapshot: str) -> bool:
     """Whether a corpus is there that may have this snapshot: told from its files; a remote one is taken at its word."""
-    return location.local is None or (location.local / "snapshots" / snapshot).is_file()
+    if location.local is None:
+        return True
+    try:
+        return (location.local / "snapshots" / snapshot).is_file()
+    except (OSError, ValueError):  # no file can have such a name
+        return False
+
+
+def tagged(repository: icechunk.Repository, location: Location) -> dict[str, str]:
+    """The snapshot of each tag, in the order of their names."""
+    with readable(location):
+        names = sorted(retrying(repository.list_tags, "listing its tags", location))
+        look = partial(retrying, what="looking up a tag", location=location)
+        return {name: look(partial(repository.lookup_tag, name)) for name in names}
 
 
 def resolve(repository: icechunk.Repository, location: Location, snapshot: str | None) -> str:
     """The id of the newest snapshot, or of the one with this id or tag.
 
     Raises:
-        UserError: there is none; says which tags there are.
+        NoSuchSnapshot: says which tags there are. UserError: it can not be read.
     """
     with readable(location):
         if snapshot is None:
@@ -205,9 +269,20 @@ def resolve(repository: icechunk.Repository, location: Location, snapshot: str |
         return retrying(lambda: repository.lookup_snapshot(snapshot).id, "looking up a snapshot", location)
     except STORE_ERRORS as error:
         known = f"its tags are {', '.join(sorted(tags))}" if tags else "it has no tags"
-        raise UserError(
+        raise NoSuchSnapshot(
             f"corpus {location}: has no snapshot or tag {snapshot!r} ({known}; `rbm corpus log` lists snapshots)"
         ) from error
+
+
+def check_version(attributes: Mapping[str, Any], location: Location) -> None:
+    """Raises UserError: another program's repository, or a newer layout."""
+    version = attributes.get("version")
+    if attributes.get("format") != FORMAT or not isinstance(version, int):
+        raise UserError(f"corpus {location}: an Icechunk repository of another program, not a corpus of this one")
+    if version > VERSION:
+        raise UserError(
+            f"corpus {location}: has format version {version}, this rbm reads up to {VERSION}: upgrade robot-rbm"
+        )
 
 
 def open_root(session: icechunk.Session, location: Location) -> zarr.Group | None:
@@ -222,32 +297,39 @@ def open_root(session: icechunk.Session, location: Location) -> zarr.Group | Non
     except FileNotFoundError:
         sync(data.exists("zarr.json"))  # raises where the snapshot is damaged, which looks the same to open_group
         return None
-    version = root.attrs.get("version")
-    if root.attrs.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(f"corpus {location}: an Icechunk repository of another program, not a corpus of this one")
-    if version > VERSION:
-        raise UserError(
-            f"corpus {location}: has format version {version}, this rbm reads up to {VERSION}: upgrade robot-rbm"
-        )
+    check_version(dict(root.attrs), location)
     return root
 
 
 @contextmanager
 def readable(location: Location) -> Iterator[None]:
-    """Storage errors while reading become one line that names the corpus."""
+    """Storage errors while reading become one line that names the corpus, and what mends it where it is damaged."""
     try:
         yield
     except STORE_ERRORS as error:
-        raise UserError(f"corpus {location}: can not be read: {reason(error)}") from error
+        text = f"corpus {location}: can not be read: {reason(error)}"
+        if _error_number(error) not in (0, errno.ENOENT):
+            raise UserError(text) from error
+        raise DamagedStore(f"{text}: run `rbm corpus check --repair {location}`") from error
 
 
 @contextmanager
 def writable(location: Location) -> Iterator[None]:
-    """Storage errors while writing (a full disk) become one line that says what still stands."""
+    """Storage errors while writing (a full disk) become one line that says what still stands, and what to do."""
     try:
         yield
     except STORE_ERRORS as error:
-        raise UserError(
-            f"corpus {location}: writing failed ({reason(error)}); the last commit stands: "
-            "make room and run the same command again"
-        ) from error
+        path = location.local
+        stands = "; the last commit stands" if path is None or is_repository(path) else ""
+        advice = "make room" if _error_number(error) in _FULL else "see that it can be written to"
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        what = f"writing failed ({where}{reason(error)}){stands}"
+        raise UserError(f"corpus {location}: {what}: {advice} and run the same command again") from error
+
+
+def _error_number(error: BaseException) -> int:
+    """The system's number of an error, be it Python's or in a text of Icechunk; 0: it is none of the system's."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0

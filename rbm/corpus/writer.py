@@ -13,8 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,7 +87,7 @@ class CorpusWriter:
         self._tasks_changed = False
         self._embodiments: dict[str, int] = {}
         self._attributes: dict[str, Any] = {}
-        self._pending: list[tuple[str, dict[str, Any]]] = []
+        self._pending: dict[str, dict[str, Any]] = {}
         self._removed: set[str] = set()
         self._moved: dict[int, Placed] = {}
         self._dropping = False
@@ -125,6 +127,8 @@ class CorpusWriter:
             if kind is None and self._usable:
                 self.commit()
         finally:
+            if kind is not None or not self._usable:
+                self._collect_garbage()  # what was written and will never be committed
             self._usable = False
             self._lock.release()
 
@@ -203,7 +207,8 @@ class CorpusWriter:
         unknown = sorted(gone - self.ids)
         if unknown:
             raise UserError(f"corpus {self.location}: has no trajectory {unknown[0]!r} ({len(unknown)} unknown ids)")
-        self._pending = [(id, row) for id, row in self._pending if id not in gone]
+        for id in gone:
+            self._pending.pop(id, None)
         self._removed |= gone
         self.ids -= gone
 
@@ -232,14 +237,16 @@ class CorpusWriter:
         self._check_usable()
         if self._pending or self._removed or self._segment_step > 1:
             raise UserError(f"corpus {self.location}: fork once, and before anything is added or removed")
-        self.commit()  # the fork of a session must be clean
+        snapshot = self.commit()  # the fork of a session must be clean
+        assert snapshot is not None  # a corpus without trajectories has one too
         session = pickle.dumps(self._session.fork())
         first, self._segment_step = self._next_segment, workers + 1
         self._next_segment += workers
-        self._segment = SegmentWriter(self._root, self._next_segment)
+        with self._writing():
+            self._begin()  # one of our own: Icechunk warns of a commit of the one that was forked
         size, count = self._segment_bytes, self._commit_every
         return [
-            Fork(self.location, session, first + number, workers + 1, self._codec, size, count)
+            Fork(self.location, snapshot, session, first + number, workers + 1, self._codec, size, count)
             for number in range(workers)
         ]
 
@@ -273,7 +280,9 @@ class CorpusWriter:
         message = f"{len(self._pending)} trajectories added"
         with self._writing():
             self._lock.check()
-            codecs = dict.fromkeys((*self._attributes.get("codecs", []), *(row["codec"] for _, row in self._pending)))
+            codecs = dict.fromkeys(
+                (*self._attributes.get("codecs", []), *(row["codec"] for row in self._pending.values()))
+            )
             self._segment.close()
             if self._segment.size:
                 self._next_segment += self._segment_step
@@ -295,11 +304,12 @@ class CorpusWriter:
             self._root.attrs.put(dict(self._attributes))
             message += f", {len(self.ids)} in all"
             # what a commit names is on the disk before it, and the commit itself before anybody is told of it
+            began = time.time()
             store.force_to_disk(self.location, store.PAYLOAD_FOLDERS, self._since)
             self.snapshot = commit(self._repository, self._session, message, self.location)
             store.force_to_disk(self.location, store.COMMIT_FOLDERS, self._since)
-            self._since = time.time()
-        self._pending, self._removed, self._moved = [], set(), {}
+            self._since = began
+        self._pending, self._removed, self._moved = {}, set(), {}
         self._dropping = False
         self._tasks_changed = self._tables_changed = False
         with self._writing():
@@ -320,7 +330,9 @@ class CorpusWriter:
             others = [item.name for item in path.iterdir()]
             if others and not store.is_repository(path):
                 raise UserError(f"corpus {path}: the directory holds other files ({others[0]}, ...): give a new one")
-            self._repository = (store.open_repository if others else store.create_repository)(self.location)
+            if not others:
+                self._make(path)
+            self._repository = store.open_repository(self.location)
         if self._lock.predecessor_died:
             self._collect_garbage()
         session = read_session(self._repository, None, self.location)
@@ -340,16 +352,27 @@ class CorpusWriter:
         self._used_segments = self._next_segment = self._attributes.get("segments", 0)
         self._begin()
 
+    def _make(self, path: Path) -> None:
+        """An empty repository in an empty directory, whole or not at all."""
+        fresh = path.with_name(f".{path.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)  # of a writer that died here
+        store.create_repository(Location.parse(fresh))
+        fresh.rename(path)
+
     def _collect_garbage(self) -> None:
-        """What a dead writer left; where that fails it stays, which costs room and nothing else."""
+        """What a dead writer left, or this one gave up; where that fails it stays: it costs room and nothing else."""
         try:
             collected = store.collect_garbage(self._repository, self.location)
         except (UserError, *store.STORE_ERRORS) as error:
             why = reason(error)
-            log.warning("corpus %s: what a dead writer left was not collected (%s): check it", self.location, why)
+            log.warning(
+                "corpus %s: what a writer left uncommitted was not collected (%s): check it", self.location, why
+            )
             return
         if collected:
-            log.warning("corpus %s: %.1f MB that a dead writer left were collected", self.location, collected / 1e6)
+            log.warning(
+                "corpus %s: %.1f MB that a writer left uncommitted were collected", self.location, collected / 1e6
+            )
 
     def _begin(self) -> None:
         """A session for the next commit. A corpus that has none yet gets its (still invisible) layout."""
@@ -383,7 +406,7 @@ class CorpusWriter:
     def _enter(self, placed: Placed) -> None:
         names = ("codec", "content", "segment", "offset", "length")
         row = self._row(placed.trajectory) | {name: getattr(placed, name) for name in names}
-        self._pending.append((placed.trajectory.id, row))
+        self._pending[placed.trajectory.id] = row
         self.ids.add(placed.trajectory.id)
 
     def _row(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -419,8 +442,8 @@ class CorpusWriter:
 
     def _write_rows(self) -> None:
         for name, dtype in layout.COLUMNS.items():
-            _append(self._index(name), np.array([row[name] for _, row in self._pending], dtype))
-        heap, end = pack_strings([id for id, _ in self._pending])
+            _append(self._index(name), np.array([row[name] for row in self._pending.values()], dtype))
+        heap, end = pack_strings(list(self._pending))
         _append(self._index(layout.ID_END), end + self._index(layout.ID_HEAP).shape[0])
         _append(self._index(layout.ID_HEAP), heap)
 

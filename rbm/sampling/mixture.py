@@ -62,7 +62,8 @@ class Planner:
         balance: which trajectories are drawn more often than others; none for all alike.
 
     Raises:
-        UserError: unknown strategies, negative weights, or no strategy that these trajectories can serve.
+        UserError: a negative seed, unknown strategies, negative weights, or no strategy that these trajectories can
+            serve.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Planner:
         weights: Mapping[str, float] | None = None,
         balance: Balance | None = None,
     ) -> None:
+        if seed < 0:
+            raise UserError(f"the seed is {seed}, it must not be negative")
         self.corpus, self.seed, self.balance = corpus, seed, balance
         self.weights = dict(DEFAULT_WEIGHTS if weights is None else weights)
         unknown = sorted(self.weights.keys() - STRATEGIES.keys())

@@ -101,7 +101,12 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     if resume:
         _check_checkpoint(last, data)
         console.print(f"continuing {folder} from its last checkpoint", markup=False)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if isinstance(error.__context__, UserError):  # a loader process that died while it was stopped hides the reason
+            raise error.__context__ from None
+        raise
     if trainer.global_step < trainer.max_steps:
         trainer.save_checkpoint(last, weights_only=False)
         raise Interrupted(

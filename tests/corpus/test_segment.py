@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +191,73 @@ def _unknown(corpus) -> int:
     from rbm.corpus import store
 
     return store.open_repository(corpus.location).garbage_collect(datetime.now(UTC), dry_run=True).chunks_deleted
+
+
+def test_a_link_to_a_corpus_is_the_same_corpus_to_its_lock(tmp_path):
+    write(tmp_path / "c", range(3))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "c")
+    with CorpusWriter(tmp_path / "c") as writer:
+        writer.add(*attempt(3))
+        with pytest.raises(UserError, match="is writing"):
+            CorpusWriter(tmp_path / "elsewhere" / "link").__enter__()
+    assert len(write(tmp_path / "elsewhere" / "link", range(4, 6))) == 6
+
+
+def test_a_writer_that_gives_up_leaves_nothing_behind(tmp_path):
+    corpus = write(tmp_path / "c", range(3))
+    before = sorted((tmp_path / "c" / "chunks").iterdir())
+    with pytest.raises(ZeroDivisionError), CorpusWriter(tmp_path / "c") as writer:  # noqa: PT012
+        inside = ForkWriter(writer.fork(1)[0])
+        inside.add(*attempt(5))
+        writer.take(inside.flush())
+        raise ZeroDivisionError
+    assert Corpus.open(tmp_path / "c").snapshot == corpus.snapshot
+    assert sorted((tmp_path / "c" / "chunks").iterdir()) == before
+
+
+def test_a_making_that_was_killed_half_way_is_begun_again(tmp_path):
+    """The repository is made beside its place, so what is there is an empty directory and a half-made neighbour."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / ".c.new" / "snapshots").mkdir(parents=True)
+    (tmp_path / ".c.new" / "snapshots" / "half").write_text("x")
+    assert len(write(tmp_path / "c", range(2))) == 2
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["c"]
+
+
+def test_every_file_that_a_commit_names_is_forced_to_the_disk(tmp_path, monkeypatch):
+    """A worker's segment that was written while the coordinator committed is not missed by the next commit."""
+    forced, segments = set(), []
+    really = os.fsync
+
+    def fsync(file):
+        if not segments:  # a slow disk, and a worker that goes on meanwhile
+            inside.add(*attempt(1))
+            segments.append(inside.flush())
+            time.sleep(2.5)
+        forced.add(os.readlink(f"/proc/self/fd/{file}"))
+        really(file)
+
+    with CorpusWriter(tmp_path / "c") as writer:
+        inside = ForkWriter(writer.fork(1)[0])
+        monkeypatch.setattr(os, "fsync", fsync)
+        writer.add(*attempt(0))
+        writer.commit()
+        writer.take(segments[0])
+        writer.place(segments[0].placed[0])
+    chunks = {str(file) for file in (tmp_path / "c" / "chunks").iterdir()}
+    assert len(chunks) == 2
+    assert chunks <= forced
+    assert str(tmp_path / "c" / "refs" / "branch.main" / "ref.json") in forced
+
+
+def test_many_replacements_take_no_longer_each(tmp_path):
+    with CorpusWriter(tmp_path / "c", commit_every=None) as writer:
+        for number in range(40):
+            writer.add(*attempt(number))
+        for number in range(40):
+            writer.remove([attempt(number)[0].id])
+            writer.add(*attempt(number, n_frames=2))
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus) == 40
+    assert set(corpus.columns.n_frames.tolist()) == {2}
