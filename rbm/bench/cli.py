@@ -72,7 +72,7 @@ def read(frames: Path | None, rounds: int, out: Path | None) -> None:
 
 @corpus.command()
 @click.option("--workers", default=2, show_default=True, help="Processes that encode.")
-@click.option("--trajectories", default=400, show_default=True, help="Of each worker in each round.")
+@click.option("--trajectories", default=800, show_default=True, help="Of each worker in each round.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--out", type=FILE, help="Write the JSON to a file too.")
 def write(workers: int, trajectories: int, rounds: int, out: Path | None) -> None:

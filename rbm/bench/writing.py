@@ -20,7 +20,7 @@ from rbm.trajectory import Quality
 CLIPS = 4
 
 
-def run(workers: int = 2, trajectories: int = 400, rounds: int = 3, noise: float = 3.0) -> dict[str, Any]:
+def run(workers: int = 2, trajectories: int = 800, rounds: int = 3, noise: float = 3.0) -> dict[str, Any]:
     """Trajectories a second of 64 frames, 240 × 320, jpeg: encoded and thrown away, and written to a corpus.
 
     Args:

@@ -66,6 +66,7 @@ class Report:
     """What a check of one snapshot found.
 
     Attributes:
+        snapshot: empty where the file that names the newest is damaged.
         trajectories, bytes: that were read. decoded: whether frames were, too.
         index: what is wrong with the index as a whole; where it can not be read at all, nothing else is known.
         cache_damaged: the local copy of the index differs from the store's.
@@ -101,7 +102,10 @@ def check_corpus(
         UserError: no corpus there, a newer format; it can not be reached.
     """
     location = Location.parse(place)
-    repository = store.open_repository(location)
+    try:
+        repository = store.open_repository(location)
+    except store.DamagedReference as error:
+        return Report(str(location), "", index=(str(error),))
     wanted = store.resolve(repository, location, snapshot)
     try:
         index = read_index(repository, location, wanted)

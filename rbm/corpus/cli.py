@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -36,7 +39,15 @@ _ROWS_SHOWN = 30
 """Rows of a printed table; --json has them all."""
 
 
-@click.group()
+class _Group(click.Group):
+    """A group that lists its commands with the whole first line of their help."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (one.help or "").partition("\n")[0]) for name, one in self.commands.items()])
+
+
+@click.group(cls=_Group)
 def corpus() -> None:
     """Look at a corpus, check it, choose from it, change it. PATH is a folder or a URL (s3://bucket/prefix)."""
 
@@ -59,7 +70,7 @@ def info(path: str | None, snapshot: str | None, as_json: bool) -> None:
         return _print_json(facts)
     _say(f"[bold]{escape(facts['path'])}[/]  snapshot {facts['snapshot']}")
     _say(
-        f"{facts['trajectories']} trajectories, {facts['frames']} frames, {_size(facts['bytes'])} "
+        f"{_trajectories(facts['trajectories'])}, {facts['frames']} frames, {_size(facts['bytes'])} "
         f"({', '.join(facts['codecs'])}); {facts['dense']} with dense labels, {facts['messy']} messy successes, "
         f"{facts['scenes']} scenes"
     )
@@ -70,7 +81,13 @@ def info(path: str | None, snapshot: str | None, as_json: bool) -> None:
 @corpus.command()
 @click.argument("path", required=False)
 @click.option("--snapshot", help="An older snapshot, by its id or tag; the newest by default.")
-@click.option("--sample", default=SAMPLE, show_default=True, help="Trajectories read for what the index does not tell.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=SAMPLE,
+    show_default=True,
+    help="Trajectories read for what the index does not tell.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(path: str | None, snapshot: str | None, sample: int, as_json: bool) -> None:
     """Sizes, outcomes, duplicates and gaps of a corpus; without PATH, of the bundled one.
@@ -81,7 +98,7 @@ def stats(path: str | None, snapshot: str | None, sample: int, as_json: bool) ->
       rbm corpus stats s3://lab/corpus --json > stats.json
     """
     opened = Corpus.open(path or bundled_corpus(), snapshot)
-    with _progress() as progress:
+    with _progress("stopped") as progress:
         found = corpus_stats(opened, sample, progress)
     if as_json:
         return _print_json(found.to_json())
@@ -113,7 +130,7 @@ def check(path: str, snapshot: str | None, decode: bool, repair: bool, as_json: 
     """
     if repair and snapshot is not None:
         raise UserError("--repair mends the newest snapshot: leave --snapshot out")
-    with _progress() as progress:
+    with _progress(_GOES_ON if repair else _NOTHING_WRITTEN) as progress:
         if repair:
             done = repair_corpus(path, decode, progress)
             report, clean = done.report, not done.report.index
@@ -126,7 +143,7 @@ def check(path: str, snapshot: str | None, decode: bool, repair: bool, as_json: 
         _print_report(report)
         if repair:
             _print_repair(done)
-        elif not clean:
+        elif not clean and not any("--repair" in line for line in report.index):
             _say(f"`rbm corpus check --repair {escape(path)}` mends what can be mended")
     if not clean:
         sys.exit(1)
@@ -134,10 +151,12 @@ def check(path: str, snapshot: str | None, decode: bool, repair: bool, as_json: 
 
 @corpus.command()
 @click.argument("path", required=False)
-@click.option("-n", "--limit", default=20, show_default=True, help="How many, newest first; 0: all.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(min=0), default=20, show_default=True, help="How many, newest first; 0: all."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def log(path: str | None, limit: int, as_json: bool) -> None:
-    """Snapshots of a corpus, newest first.
+    """Snapshots of a corpus, newest first: what led to the present one, and others that have a tag. Times are UTC.
 
     \b
     Examples:
@@ -147,10 +166,15 @@ def log(path: str | None, limit: int, as_json: bool) -> None:
     history = read_history(str(path or bundled_corpus()), limit or None)
     if as_json:
         return _print_json([vars(snapshot) | {"time": snapshot.time.isoformat()} for snapshot in history])
-    table = Table("snapshot", "time", "trajectories", "tags", "what", box=None)
+    table = _table()
+    for name in ("snapshot", "time (UTC)", "trajectories"):
+        table.add_column(name, no_wrap=True)
+    longest = max((len(tag) for one in history for tag in one.tags), default=0)
+    table.add_column("tags", overflow="fold", min_width=min(20, longest))
+    table.add_column("what", overflow="fold")
     for one in history:
         count = "unreadable" if one.trajectories is None else str(one.trajectories)
-        when = one.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        when = one.time.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
         table.add_row(one.id, when, count, escape(" ".join(one.tags)), escape(one.message))
     _print_table(table)
 
@@ -162,6 +186,8 @@ def log(path: str | None, limit: int, as_json: bool) -> None:
 @click.option("--delete", is_flag=True, help="Take the name away; it can not be used again.")
 def tag(path: str, name: str, snapshot: str | None, delete: bool) -> None:
     """Give a snapshot (the newest by default) a NAME, by which it can be opened. It is then kept by `compact`.
+
+    A tag can not be moved to another snapshot: choose another name.
 
     \b
     Examples:
@@ -182,7 +208,7 @@ def tag(path: str, name: str, snapshot: str | None, delete: bool) -> None:
 @click.option("--task", multiple=True, help="With this instruction.")
 @click.option("--quality", multiple=True, type=click.Choice([quality.value for quality in Quality]))
 @click.option("--embodiment", multiple=True, help="Of this robot.")
-@click.option("--min-frames", type=int, help="With at least so many stored frames.")
+@click.option("--min-frames", type=click.IntRange(min=1), help="With at least so many stored frames.")
 @click.option("--ids-from", type=click.File(encoding="utf-8"), help="With an id in this file, one a line; - for stdin.")
 @click.option("--snapshot", help="An older snapshot, by its id or tag; the newest by default.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Save the selection: .json, or .json.gz.")
@@ -207,8 +233,10 @@ def select(
     Examples:
       rbm corpus select data/mine --quality failure --quality suboptimal
       rbm corpus select data/mine --source lab --min-frames 16 -o lab.json
-      rbm train data.selection=lab.json run_dir=runs/lab
+      rbm train data=corpus data.selection=lab.json run_dir=runs/lab
     """
+    if output is not None and not output.name.endswith((".json", ".json.gz")):
+        raise UserError(f"--output {output}: give a name that ends in .json or .json.gz")
     opened = Corpus.open(path or bundled_corpus(), snapshot)
     filters: dict[str, Any] = {"source": source, "task": task, "quality": quality, "embodiment": embodiment}
     filters = {name: list(values) for name, values in filters.items() if values}
@@ -259,25 +287,31 @@ def merge(destination: str, sources: tuple[str, ...], conflict: Conflict, skip_d
       rbm corpus merge data/all data/simulated data/real
       rbm corpus merge s3://lab/corpus data/new --conflict replace
     """
-    with _progress() as progress:
+    with _progress(_GOES_ON) as progress:
         done = merge_corpora(destination, sources, conflict, skip_damaged, progress)
     if as_json:
         return _print_json(done.to_json())
     for id, what in done.damaged:
         _say(f"left out, damaged: {escape(id)}: {escape(what)}")
-    _say(
-        f"{escape(done.corpus)}: {done.added} trajectories added, {done.replaced} replaced, {done.present} were there, "
-        f"{done.skipped} others of the same id passed over, {len(done.damaged)} damaged; snapshot {done.snapshot}"
-    )
+    also = {
+        "replaced": done.replaced,
+        "there already": done.present,
+        "passed over for another of the same id": done.skipped,
+        "left out as damaged": len(done.damaged),
+    }
+    parts = [f"{_trajectories(done.added)} added", *(f"{count} {what}" for what, count in also.items() if count)]
+    _say(f"{escape(done.corpus)}: {', '.join(parts)}; snapshot {done.snapshot}")
 
 
 @corpus.command()
 @click.argument("source")
 @click.argument("destination")
 @click.option("--codec", type=click.Choice(["jpeg", "h264"]), help="Encode again; as it is by default.")
-@click.option("--short-side", type=int, help="Scale frames down to this many pixels (with --codec).")
+@click.option("--short-side", type=click.IntRange(min=1), help="Scale frames down to this many pixels (with --codec).")
 def copy(source: str, destination: str, codec: str | None, short_side: int | None) -> None:
     """Copy a corpus into one segment, with the same or another codec.
+
+    DESTINATION is a new local folder; `merge` writes to a URL, or to a corpus that is there.
 
     \b
     Examples:
@@ -286,9 +320,9 @@ def copy(source: str, destination: str, codec: str | None, short_side: int | Non
     """
     if short_side is not None and codec is None:
         raise UserError("--short-side encodes again: say --codec too")
-    with _progress() as progress:
+    with _progress(_NOTHING_WRITTEN) as progress:
         copied = copy_corpus(source, destination, codec, short_side, progress=progress)
-    click.echo(f"{len(copied)} trajectories in {copied.location}")
+    click.echo(f"{_trajectories(len(copied))} in {copied.location}")
 
 
 @corpus.command()
@@ -321,7 +355,7 @@ def remove(path: str, ids: tuple[str, ...], ids_from: TextIO | None, selection: 
         left = len(writer.ids)
     if as_json:
         return _print_json({"removed": len(set(wanted)), "left": left, "snapshot": snapshot})
-    click.echo(f"{len(set(wanted))} trajectories removed, {left} left; snapshot {snapshot}")
+    click.echo(f"{_trajectories(len(set(wanted)))} removed, {left} left; snapshot {snapshot}")
 
 
 @corpus.command()
@@ -339,14 +373,15 @@ def compact(path: str, drop_history: bool, as_json: bool) -> None:
       rbm corpus compact data/mine
       rbm corpus compact data/mine --drop-history
     """
-    with _progress() as progress:
+    with _progress(_GOES_ON) as progress:
         done = compact_corpus(path, drop_history, progress=progress)
     if as_json:
         return _print_json(vars(done))
     before, after = done.segments
-    _say(f"{done.moved} trajectories moved, {before} segments before and {after} now; snapshot {done.snapshot}")
+    _say(f"{_trajectories(done.moved)} moved; segments: {before} before, {after} now; snapshot {done.snapshot}")
     if drop_history:
-        _say(f"{done.dropped} older snapshots dropped, {_size(done.freed)} freed")
+        kept = f", {len(done.kept)} tagged kept ({escape(', '.join(done.kept))})" if done.kept else ""
+        _say(f"older snapshots: {done.dropped} dropped{kept}; {_size(done.freed)} freed")
 
 
 @corpus.command()
@@ -357,6 +392,8 @@ def compact(path: str, drop_history: bool, as_json: bool) -> None:
 def export(path: str, destination: str, plain: bool, snapshot: str | None) -> None:
     """Write a snapshot in another form: with --plain as a folder that zarr alone reads.
 
+    DESTINATION is a new local folder. Every checksum is verified.
+
     \b
     Examples:
       rbm corpus export --plain data/mine data/mine.zarr
@@ -364,19 +401,29 @@ def export(path: str, destination: str, plain: bool, snapshot: str | None) -> No
     """
     if not plain:
         raise UserError("say --plain: it is the only form that there is")
-    with _progress() as progress:
+    with _progress(_NOTHING_WRITTEN) as progress:
         place = export_plain(Corpus.open(path, snapshot), destination, progress)
     click.echo(f"plain zarr in {place}")
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+_NOTHING_WRITTEN = "stopped; nothing was written"
+_GOES_ON = "stopped; the same command goes on"
+
+
+@contextmanager
+def _progress(stopped: str) -> Iterator[Progress | None]:
+    """Bars, which go when the work is done, where somebody can see them. At Ctrl-C `stopped` is said."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        if console.is_terminal:
+            with Progress(*columns, console=console, transient=True) as progress:
+                yield progress
+        else:
+            yield None
+    except KeyboardInterrupt:
+        click.echo(stopped, err=True)
+        sys.exit(130)
 
 
 def _print_json(facts: Any) -> None:
@@ -388,9 +435,23 @@ def _say(line: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Lines as long as they are where nobody looks at them: a pipe."""
+    """Lines as long as they are in a pipe, unless COLUMNS says how long they may be."""
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=1000).print(table)
+    console.print(table) if console.is_terminal or "COLUMNS" in os.environ else Console(width=1000).print(table)
+
+
+def _table(name: str = "", *numbers: str) -> Table:
+    """Names and numbers: where there is no room, names are broken."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    if name:
+        table.add_column(name, overflow="fold")
+    for number in numbers:
+        table.add_column(number, no_wrap=True)
+    return table
+
+
+def _trajectories(count: int) -> str:
+    return "1 trajectory" if count == 1 else f"{count} trajectories"
 
 
 def _size(count: float) -> str:
@@ -402,9 +463,12 @@ def _size(count: float) -> str:
 
 def _read_ids(file: TextIO) -> list[str]:
     try:
-        return [id for line in file if (id := line.rstrip("\r\n"))]
+        ids = [id for line in file if (id := line.rstrip("\r\n"))]
     except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: is no UTF-8 text: give a file with one id a line") from error
+    if not ids:
+        raise UserError(f"{file.name}: holds no id: give a file with one id a line")
+    return ids
 
 
 def _rows_of(opened: Corpus, ids: Sequence[str]) -> NDArray[np.int64]:
@@ -412,7 +476,7 @@ def _rows_of(opened: Corpus, ids: Sequence[str]) -> NDArray[np.int64]:
     unknown = np.flatnonzero(rows < 0)
     if len(unknown):
         raise UserError(
-            f"corpus {opened.location}: no trajectory has the id {ids[unknown[0]]!r} ({len(unknown)} unknown ids)"
+            f"corpus {opened.location}: no trajectory has the id {ids[unknown[0]]!r} (unknown ids: {len(unknown)})"
         )
     return rows
 
@@ -427,7 +491,7 @@ def _outcomes_by_task(opened: Corpus, rows: NDArray[np.int64]) -> list[tuple[str
 
 
 def _print_outcomes(what: str, rows: Sequence[tuple[str, Iterable[int]]], totals: Iterable[int]) -> None:
-    table = Table(what, *(quality.value for quality in Quality), box=None)
+    table = _table(what, *(quality.value for quality in Quality))
     for name, counts in rows[:_ROWS_SHOWN]:
         table.add_row(escape(name), *map(str, counts))
     table.add_row("[bold]all[/]", *map(str, totals))
@@ -437,20 +501,20 @@ def _print_outcomes(what: str, rows: Sequence[tuple[str, Iterable[int]]], totals
 
 
 def _print_report(report: Report) -> None:
-    _say(f"[bold]{escape(report.corpus)}[/]  snapshot {report.snapshot}")
+    _say(f"[bold]{escape(report.corpus)}[/]  snapshot {report.snapshot or 'unknown'}")
     for line in report.index:
         _say(escape(line))
     if report.cache_damaged:
         _say("the local copy of its index is damaged")
     for shard in report.shards:
-        _say(f"{shard.name}: {escape(shard.what)}; {len(shard.ids)} trajectories in it are lost")
+        _say(f"{shard.name}: {escape(shard.what)}; lost in it: {_trajectories(len(shard.ids))}")
     for bad in report.bad:
         _say(f"{escape(bad.id)}: {escape(bad.what)}")
     if report.trajectories:
         decoded = " and every frame decoded" if report.decoded else ""
         _say(
-            f"{report.trajectories} trajectories, {_size(report.bytes)} read{decoded}: "
-            + ("all are as they were written" if report.clean else f"{len(report.bad)} are damaged")
+            f"{_trajectories(report.trajectories)}, {_size(report.bytes)} read{decoded}: "
+            + ("all are as they were written" if report.clean else f"{len(report.bad)} damaged")
         )
 
 
@@ -458,20 +522,26 @@ def _print_repair(done: Repair) -> None:
     if done.reference_made:
         _say(f"the file that names the newest snapshot was damaged and is made again: snapshot {done.report.snapshot}")
     if done.lost_snapshot:
-        _say(f"snapshot {done.lost_snapshot} can not be read: set back to {done.report.snapshot}; run its build again")
+        had = "" if done.lost_trajectories is None else f", had {done.lost_trajectories}"
+        _say(
+            f"snapshot {done.lost_snapshot} can not be read: set back to {done.report.snapshot}; the corpus has "
+            f"{_trajectories(done.report.trajectories)} now{had}: merge a backup into it, or run its build again"
+        )
         known = "not known" if done.lost_ids is None else ", ".join(map(escape, done.lost_ids[:_ROWS_SHOWN])) or "none"
         more = len(done.lost_ids or ()) - _ROWS_SHOWN
         _say(f"trajectories that only it had: {known}" + (f" and {more} more: --json lists them" if more > 0 else ""))
     if done.removed:
-        _say(f"{done.removed} damaged trajectories are taken out; older snapshots keep them")
+        _say(f"taken out as damaged: {_trajectories(done.removed)}; older snapshots keep them")
     if done.moved:
-        _say(f"{done.moved} whole trajectories are taken over from damaged shards")
+        _say(f"taken over whole from damaged shards: {_trajectories(done.moved)}")
     if done.cache_made:
         _say("the local copy of the index is made again")
     if done.collected:
         _say(f"{_size(done.collected)} that killed writers had left are deleted")
     if done.collected is None:
         _say("an old snapshot can not be read, so what killed writers left stays: `rbm corpus compact --drop-history`")
+    if done.report.index:
+        _say("ids that occur twice are not mended: restore it from a backup, or build it again")
     _say(f"the newest snapshot is {done.snapshot}")
 
 
@@ -479,7 +549,7 @@ def _print_stats(found: Stats) -> None:
     total, sample = found.trajectories, found.sample
     _say(f"[bold]{escape(found.corpus)}[/]  snapshot {found.snapshot}")
     about = "" if sample.heads == total else f" (from {sample.heads} of them)"
-    _say(f"{total} trajectories, {found.frames} frames, {_size(found.bytes)}, {sample.seconds / 3600:.2f} h{about}")
+    _say(f"{_trajectories(total)}, {found.frames} frames, {_size(found.bytes)}, {sample.seconds / 3600:.2f} h{about}")
     for name, groups in (
         ("source", found.sources),
         ("embodiment", found.embodiments),
@@ -488,10 +558,12 @@ def _print_stats(found: Stats) -> None:
     ):
         _print_groups(name, groups)
     if total:
-        table = Table("quantile", *(f"{quantile:.0%}" for quantile in QUANTILES), box=None)
+        _say("")
+        table = _table("quantile", *(f"{quantile:.0%}" for quantile in QUANTILES))
         table.add_row("frames", *(f"{value:.0f}" for value in found.n_frames))
         table.add_row("bytes", *(_size(value) for value in found.bytes_each))
         _print_table(table)
+    _say("")
     successes = found.outcomes[0]
     for what, count, of in (
         ("successful", successes, total),
@@ -516,10 +588,11 @@ def _print_stats(found: Stats) -> None:
 
 
 def _print_groups(name: str, groups: Sequence[Group]) -> None:
-    table = Table(name, "trajectories", "frames", "bytes", *(quality.value for quality in Quality), box=None)
+    table = _table(name, "trajectories", "frames", "bytes", *(quality.value for quality in Quality))
     for group in groups[:_ROWS_SHOWN]:
         counts = (group.trajectories, group.frames, _size(group.bytes), *group.outcomes)
         table.add_row(escape(group.name) or "-", *map(str, counts))
+    _say("")
     _print_table(table)
     if len(groups) > _ROWS_SHOWN:
         _say(f"and {len(groups) - _ROWS_SHOWN} more: --json lists them all")

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from rbm.corpus import store
 from rbm.corpus.ahead import in_order, threads_for
-from rbm.corpus.copy import as_packed
+from rbm.corpus.copy import packed_row
 from rbm.corpus.location import Location
 from rbm.corpus.reader import Corpus
 from rbm.corpus.retry import retrying
@@ -41,7 +41,7 @@ class Compacted:
     Attributes:
         moved: trajectories that were written again. segments: in use before and after.
         dead: bytes in the segments of the new snapshot that belong to no trajectory.
-        dropped: snapshots that are gone. freed: bytes deleted.
+        dropped: snapshots that are gone. kept: tags of older ones that are not. freed: bytes deleted.
     """
 
     corpus: str
@@ -50,6 +50,7 @@ class Compacted:
     segments: tuple[int, int]
     dead: int
     dropped: int
+    kept: tuple[str, ...]
     freed: int
 
 
@@ -74,7 +75,7 @@ def compact_corpus(
         sizes = _segment_sizes(corpus)
         rows = rows_to_move(corpus.columns.segment, corpus.columns.length, sizes, segment_bytes)
         bar = None if progress is None else progress.add_task("moving trajectories", total=len(rows))
-        fetched = in_order(lambda row: as_packed(corpus.payload(row)), rows.tolist(), threads_for(location))
+        fetched = in_order(partial(packed_row, corpus), rows.tolist(), threads_for(location))
         for row, packed in zip(rows.tolist(), fetched, strict=True):
             writer.move(row, packed)
             if progress is not None and bar is not None:
@@ -82,7 +83,7 @@ def compact_corpus(
         if len(rows) or set(sizes) - set(np.unique(corpus.columns.segment).tolist()):
             writer.drop_unused_segments()
         snapshot = writer.commit() or ""
-        dropped, freed = _drop_history(location) if drop_history else (0, 0)
+        dropped, kept, freed = _drop_history(location) if drop_history else (0, (), 0)
     after = Corpus.open(location, snapshot)
     now = _segment_sizes(after)
     return Compacted(
@@ -92,6 +93,7 @@ def compact_corpus(
         segments=(len(sizes), len(now)),
         dead=sum(now.values()) - int(after.columns.length.sum()),
         dropped=dropped,
+        kept=kept,
         freed=freed,
     )
 
@@ -119,10 +121,13 @@ def _segment_sizes(corpus: Corpus) -> dict[int, int]:
     return store.segment_sizes(store.open_repository(corpus.location), corpus.location, corpus.snapshot)
 
 
-def _drop_history(location: Location) -> tuple[int, int]:
-    """Snapshots given up, and bytes deleted."""
+def _drop_history(location: Location) -> tuple[int, tuple[str, ...], int]:
+    """How many snapshots were given up, tags of older ones that were not, and bytes deleted."""
     repository = store.open_repository(location)
+    tagged, newest = store.tagged(repository, location), store.resolve(repository, location, None)
     with store.writable(location):
         expire = partial(repository.expire_snapshots, datetime.now(UTC))
-        gone = retrying(expire, "dropping older snapshots", location, math.inf)
-        return len(gone), store.collect_garbage(repository, location)
+        left = retrying(expire, "dropping older snapshots", location, math.inf)  # of the history, tagged or not
+        gone = left - {newest, *tagged.values()}
+        kept = tuple(name for name, snapshot in tagged.items() if snapshot != newest)
+        return len(gone), kept, store.collect_garbage(repository, location)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rbm.corpus import store
 from rbm.corpus.codecs import ClipCodec, make_codec
 from rbm.corpus.location import Location
 from rbm.corpus.lock import WriterLock
-from rbm.corpus.payload import Packed, Payload, repack
+from rbm.corpus.payload import CorruptPayload, Packed, Payload, repack
 from rbm.corpus.reader import Corpus
 from rbm.corpus.writer import CorpusWriter
 from rbm.errors import UserError
@@ -76,11 +77,10 @@ def _write(
         for task in old.tasks:
             writer.add_task(task)
         for row in rows:
-            payload = old.payload(row)
-            if codec is None:
-                writer.add_packed(as_packed(payload))
-            else:
-                writer.add_packed(_transcode(payload, codec, size))
+            with naming(old):
+                payload = old.payload(row)
+                packed = as_packed(payload) if codec is None else _transcode(payload, codec, size)
+            writer.add_packed(packed)
             if progress is not None and bar is not None:
                 progress.advance(bar)
 
@@ -95,6 +95,25 @@ def as_packed(payload: Payload) -> Packed:
     whole.verify()
     head = whole.head
     return Packed(head.trajectory, whole.data.tobytes(), head.views[0].codec, head.content)
+
+
+@contextmanager
+def naming(corpus: Corpus, otherwise: str = "") -> Iterator[None]:
+    """A damaged trajectory is said to be of this corpus, with what `otherwise` can be done besides taking it out."""
+    try:
+        yield
+    except CorruptPayload as error:
+        raise CorruptPayload(error.trajectory, error.what, str(corpus.location), otherwise) from error
+
+
+def packed_row(corpus: Corpus, row: int) -> Packed:
+    """A trajectory of a corpus as it is, for another.
+
+    Raises:
+        CorruptPayload: it is damaged; names the corpus.
+    """
+    with naming(corpus):
+        return as_packed(corpus.payload(row))
 
 
 def _transcode(payload: Payload, codec: ClipCodec, size: int | None) -> Packed:

@@ -7,16 +7,19 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import zarr
 from rich.progress import Progress
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from rbm.corpus import store
+from rbm.corpus import layout, store
 from rbm.corpus.ahead import in_order, threads_for
+from rbm.corpus.copy import naming
 from rbm.corpus.location import Location
-from rbm.corpus.reader import Corpus
-from rbm.corpus.retry import read_session
+from rbm.corpus.payload import Payload
+from rbm.corpus.reader import INDEX_ARRAYS, Corpus
+from rbm.corpus.retry import read_session, reason
 from rbm.errors import UserError
 
 
@@ -25,11 +28,12 @@ def export_plain(
 ) -> Path:
     """Copy every array and attribute of a snapshot into a new local folder; returns it.
 
-    Objects are copied as they are, nothing is decoded. The folder appears whole or not at all: it is written beside
-    its place and renamed.
+    Objects are copied as they are, nothing is decoded; then every checksum in them is verified. The folder appears
+    whole or not at all: it is written beside its place and renamed.
 
     Raises:
-        UserError: the destination exists or can not be written; the corpus can not be read.
+        UserError: the destination exists or can not be written; the corpus can not be read, or its index is damaged.
+        CorruptPayload: a trajectory is damaged.
     """
     corpus = source if isinstance(source, Corpus) else Corpus.open(source)
     location = Location.parse(destination)
@@ -55,10 +59,36 @@ def export_plain(
                 file.write_bytes(data)
                 if progress is not None and bar is not None:
                     progress.advance(bar)
+            _verify(part, corpus, progress)
             part.rename(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return place
+
+
+def _verify(part: Path, corpus: Corpus, progress: Progress | None) -> None:
+    """Read the copy with zarr alone, which looks at the checksums of chunks, and look at those of the payloads."""
+    root = zarr.open_group(part, mode="r")
+    columns, segments = corpus.columns, store.segments(root)
+
+    def verify(row: int) -> None:
+        first, length = int(columns.offset[row]), int(columns.length[row])
+        data = np.asarray(segments[int(columns.segment[row])][first : first + length])
+        Payload(data, corpus.ids[row]).verify()
+
+    bar = None if progress is None else progress.add_task("verifying trajectories", total=len(corpus))
+    try:
+        for name in (*layout.COLUMNS, *INDEX_ARRAYS):
+            store.column(root, name)
+        with naming(corpus):
+            for _ in in_order(verify, range(len(corpus)), threads_for(Location.parse(part))):
+                if progress is not None and bar is not None:
+                    progress.advance(bar)
+    except (ValueError, RuntimeError) as error:  # what zarr's codecs raise
+        raise UserError(
+            f"corpus {corpus.location}: snapshot {corpus.snapshot} is damaged ({reason(error)}): run "
+            f"`rbm corpus check --repair {corpus.location}`"
+        ) from error
 
 
 async def _keys(root: zarr.Group) -> list[str]:
@@ -69,5 +99,5 @@ def _fetch(root: zarr.Group, location: Location, key: str) -> tuple[str, bytes]:
     with store.readable(location):
         found = sync(root.store.get(key, default_buffer_prototype()))
     if found is None:
-        raise UserError(f"corpus {location}: {key} is missing: run `rbm corpus check` on it")
+        raise UserError(f"corpus {location}: {key} is missing: run `rbm corpus check --repair {location}`")
     return key, found.to_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -36,7 +37,7 @@ class Snapshot:
 
 
 def read_history(place: str | Location, limit: int | None = None) -> list[Snapshot]:
-    """The newest `limit` snapshots (default all), newest first.
+    """The newest `limit` snapshots (default all), newest first: what led to the present one, and others with a tag.
 
     Raises:
         UserError: no corpus there; a snapshot in between can not be read.
@@ -44,21 +45,26 @@ def read_history(place: str | Location, limit: int | None = None) -> list[Snapsh
     location = Location.parse(place)
     repository = store.open_repository(location)
     tags: dict[str, list[str]] = {}
+    for name, snapshot in store.tagged(repository, location).items():
+        tags.setdefault(snapshot, []).append(name)
     with store.readable(location):
-        for name in sorted(retrying(repository.list_tags, "listing its tags", location)):
-            tags.setdefault(_tagged(repository, location, name), []).append(name)
         chain = retrying(
             lambda: list(islice(repository.ancestry(branch=layout.BRANCH), limit)), "listing its snapshots", location
         )
+    for snapshot in set(tags) - {info.id for info in chain}:  # cut off by `compact`, by a repair, or by the limit
+        with suppress(*store.STORE_ERRORS):  # after a repair it may be damaged
+            look = partial(repository.lookup_snapshot, snapshot)
+            chain.append(retrying(look, "looking up a snapshot", location))
+    chain.sort(key=lambda info: info.written_at, reverse=True)
     return [
         Snapshot(
             info.id,
             info.written_at,
             info.message,
-            _count(repository, location, info.id),
+            count(repository, location, info.id),
             tuple(tags.get(info.id, ())),
         )
-        for info in chain
+        for info in chain[:limit]
     ]
 
 
@@ -77,7 +83,7 @@ def add_tag(place: str | Location, name: str, snapshot: str | None = None) -> st
     wanted = store.resolve(repository, location, snapshot)
     with store.readable(location):
         if name in retrying(repository.list_tags, "listing its tags", location):
-            where = _tagged(repository, location, name)
+            where = store.resolve(repository, location, name)
             raise UserError(
                 f"corpus {location}: tag {name!r} exists already, for snapshot {where}: choose another name"
             )
@@ -107,11 +113,8 @@ def delete_tag(place: str | Location, name: str) -> None:
         retrying(partial(repository.delete_tag, name), "deleting a tag", location)
 
 
-def _tagged(repository: icechunk.Repository, location: Location, tag: str) -> str:
-    return retrying(partial(repository.lookup_tag, tag), "looking up a tag", location)
-
-
-def _count(repository: icechunk.Repository, location: Location, snapshot: str) -> int | None:
+def count(repository: icechunk.Repository, location: Location, snapshot: str) -> int | None:
+    """Trajectories of a snapshot; None: its index can not be read."""
     try:
         root = store.open_root(read_session(repository, snapshot, location), location)
         return 0 if root is None else store.array(root, f"{layout.INDEX_GROUP}/{layout.ID_END}").shape[0]

@@ -9,6 +9,7 @@ Google: `GOOGLE_APPLICATION_CREDENTIALS`.
 from __future__ import annotations
 
 import configparser
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,11 @@ _CONNECT_SECONDS = 5
 
 _TRUE = ("1", "true", "yes", "on")
 
-S3_CREDENTIALS = (
+S3_KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary keys) or AWS_PROFILE to keys "
-    "that may use the bucket, or AWS_NO_SIGN_REQUEST=true if it is public"
+    "that may use the bucket"
 )
+S3_CREDENTIALS = f"{S3_KEYS}, or AWS_NO_SIGN_REQUEST=true if it is public"
 _KEY_SOURCES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -127,14 +129,22 @@ class Location:
             seconds: a request that takes longer fails.
 
         Raises:
-            UserError: the endpoint in the environment is no URL; there can be no credentials.
+            UserError: the endpoint in the environment is no URL; there can be no credentials, or none can be read.
         """
+        from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
-        client: ClientConfig = {"timeout": f"{seconds:.0f}s", "connect_timeout": f"{_CONNECT_SECONDS}s"}
+        client: ClientConfig = {"timeout": f"{math.ceil(seconds * 1000)}ms", "connect_timeout": f"{_CONNECT_SECONDS}s"}
         once: RetryConfig = {"max_retries": 0}
         if self.scheme == "gs":
-            return GCSStore(self.bucket, client_options=client, retry_config=once)
+            try:
+                return GCSStore(self.bucket, client_options=client, retry_config=once)
+            except BaseError as error:
+                what = " ".join(str(error).partition("Debug source:")[0].split())
+                raise UserError(
+                    f"corpus {self}: {what}: set GOOGLE_APPLICATION_CREDENTIALS to the file of a key that may use the "
+                    "bucket"
+                ) from error
         options = _S3Options.from_environment()
         client["allow_http"] = options.allow_http
         return S3Store(self.bucket, config=options.for_obstore(), client_options=client, retry_config=once)
@@ -167,7 +177,7 @@ class _S3Options:
         endpoint = _first("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or profile.get("endpoint_url")
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise UserError(f"AWS_ENDPOINT_URL is {endpoint!r}: it must begin with http:// or https://")
-        anonymous = _is_set("AWS_NO_SIGN_REQUEST") or _is_set("AWS_SKIP_SIGNATURE")
+        anonymous = is_anonymous()
         if not (anonymous or profile or _first(*_KEY_SOURCES)) and _is_set("AWS_EC2_METADATA_DISABLED"):
             raise UserError(f"no credentials for S3 were found: {S3_CREDENTIALS}")
         return cls(
@@ -193,9 +203,19 @@ _PROFILE_KEYS = {
 }
 
 
+def is_anonymous() -> bool:
+    """Whether the environment asks for requests without a signature, as a public bucket takes."""
+    return _is_set("AWS_NO_SIGN_REQUEST") or _is_set("AWS_SKIP_SIGNATURE")
+
+
 def _profile() -> dict[str, str]:
-    """What the profile in use says in the files of the AWS tools; empty where there are none."""
-    name = _first("AWS_PROFILE", "AWS_DEFAULT_PROFILE") or "default"
+    """What the profile in use says in the files of the AWS tools; empty where there are none.
+
+    Raises:
+        UserError: the environment names a profile that is not there, and no keys.
+    """
+    wanted = _first("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+    name = wanted or "default"
     files = configparser.RawConfigParser()
     found: dict[str, str] = {}
     for variable, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials")):
@@ -204,6 +224,8 @@ def _profile() -> dict[str, str]:
         for section in (f"profile {name}", name):
             if files.has_section(section):
                 found |= dict(files.items(section))
+    if wanted and not found and not (is_anonymous() or _first(*_KEY_SOURCES)):
+        raise UserError(f"AWS_PROFILE is {wanted!r}: there is no such profile, or an empty one: name another")
     return found
 
 

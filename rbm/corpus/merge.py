@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from rbm.corpus import store
 from rbm.corpus.ahead import in_order, threads_for
-from rbm.corpus.copy import as_packed
+from rbm.corpus.copy import as_packed, naming
 from rbm.corpus.location import Location
 from rbm.corpus.payload import PREFIX, CorruptPayload, Packed
 from rbm.corpus.reader import Corpus
@@ -112,7 +112,8 @@ def merge_corpora(
                 elif skip_damaged:
                     damaged.append((packed.trajectory, packed.what))
                 else:
-                    raise packed
+                    with naming(source, "leave it out with --skip-damaged"):
+                        raise packed
                 if progress is not None and bar is not None:
                     progress.advance(bar)
         snapshot = writer.commit()
@@ -194,8 +195,8 @@ def _divide(
     if clashes:
         names = ", ".join(map(repr, clashes[:_NAMED])) + (", ..." if len(clashes) > _NAMED else "")
         raise UserError(
-            f"corpus {place}: {len(clashes)} ids stand for different trajectories ({names}); nothing was written: "
-            "say --conflict skip to keep the first of each, or --conflict replace to take the last"
+            f"corpus {place}: ids that stand for different trajectories: {len(clashes)} ({names}); nothing was "
+            "written: say --conflict skip to keep the first of each, or --conflict replace to take the last"
         )
     masks = held[::-1] if conflict == "replace" else held
     return [np.flatnonzero(mine) for mine in masks[-len(sources) :]], present, skipped

@@ -60,15 +60,26 @@ class Stored(Protocol):
 
 
 class CorruptPayload(UserError):
-    """Stored bytes of one trajectory that are damaged; says which trajectory, and which frame."""
+    """Stored bytes of one trajectory that are damaged; says which trajectory, and which frame.
 
-    def __init__(self, trajectory: str, what: str) -> None:
-        super().__init__(f"trajectory {trajectory!r} is damaged in the corpus: {what}; build or copy it again")
+    Attributes:
+        trajectory: its id. what: is wrong. corpus: path or URL, where known. otherwise: what else one can do.
+    """
+
+    def __init__(self, trajectory: str, what: str, corpus: str = "", otherwise: str = "") -> None:
+        where = f" of corpus {corpus}" if corpus else ""
+        super().__init__(
+            f"trajectory {trajectory!r}{where} is damaged: {what}; take it out with "
+            f"`rbm corpus check --repair {corpus or 'PATH'}`" + (f", or {otherwise}" if otherwise else "")
+        )
         self.trajectory = trajectory
         self.what = what
+        self.corpus = corpus
+        self.otherwise = otherwise
 
-    def __reduce__(self) -> tuple[type[CorruptPayload], tuple[str, str]]:
-        return type(self), (self.trajectory, self.what)  # a worker process sends it to its parent
+    def __reduce__(self) -> tuple[type[CorruptPayload], tuple[str, str, str, str]]:
+        # a worker process sends it to its parent
+        return type(self), (self.trajectory, self.what, self.corpus, self.otherwise)
 
 
 @dataclass(frozen=True)

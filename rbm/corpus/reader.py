@@ -250,10 +250,13 @@ class Corpus:
                 piece = self.read_shard(segment, shard, at, size)
             except (OSError, *store.STORE_ERRORS) as error:
                 where = layout.shard_key(segment, shard)
-                raise CorruptPayload(self.ids[row], f"{where} can not be read: {reason(error)}") from error
+                raise CorruptPayload(
+                    self.ids[row], f"{where} can not be read: {reason(error)}", str(self.location)
+                ) from error
             if piece is None or len(piece) != size:
                 where = layout.shard_key(segment, shard)
-                raise CorruptPayload(self.ids[row], f"{where} is {'missing' if piece is None else 'cut short'}")
+                what = f"{where} is {'missing' if piece is None else 'cut short'}"
+                raise CorruptPayload(self.ids[row], what, str(self.location))
             pieces.append(piece)
             first += size
         return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
@@ -340,7 +343,7 @@ def read_index(repository: icechunk.Repository, location: Location, snapshot: st
             raise UserError(f"corpus {location}: can not be read: {reason(error)}") from error
         raise DamagedIndex(
             f"corpus {location}: the index of snapshot {snapshot} is damaged ({reason(error)}): run "
-            "`rbm corpus check --repair` on it, open an earlier snapshot, or build it again"
+            f"`rbm corpus check {location} --repair`, open an earlier snapshot, or build it again"
         ) from error
     try:
         keys, files = shard_table(repository, location, snapshot)
@@ -361,7 +364,7 @@ def _several(value: Any) -> list[Any]:
 def _lookup(numbers: dict[str, int], name: str, complaint: str) -> int:
     if name in numbers:
         return numbers[name]
-    close = difflib.get_close_matches(name, numbers, n=3) or list(numbers)[:5]
+    close = difflib.get_close_matches(name, numbers, n=3) or [known for known in numbers if known][:5]
     hint = "there are " + ", ".join(repr(item) for item in close) if close else "there are none"
     raise UserError(f"{complaint} {name!r}; {hint}")
 

@@ -33,7 +33,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
 from rbm.corpus.layout import BRANCH
-from rbm.corpus.location import S3_CREDENTIALS, Location
+from rbm.corpus.location import S3_CREDENTIALS, S3_KEYS, Location, is_anonymous
 from rbm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 _TRIES = 10
 _TIMEOUT = 60.0
+_LONGEST_TIMEOUT = 7 * 24 * 3600.0
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 30.0
 _SLOWEST_BYTES = 256 << 10
@@ -253,21 +254,23 @@ class _PatientStore(WrapperStore[Store]):
 
 
 def tries() -> int:
-    """RBM_STORAGE_TRIES."""
-    return max(1, int(_number("RBM_STORAGE_TRIES", _TRIES)))
+    """RBM_STORAGE_TRIES. Raises UserError: it is no whole number above 0."""
+    text = os.environ.get("RBM_STORAGE_TRIES") or str(_TRIES)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"RBM_STORAGE_TRIES is {text!r}: give a whole number above 0")
+    return int(text)
 
 
 def timeout() -> float:
-    """RBM_STORAGE_TIMEOUT, in seconds."""
-    return _number("RBM_STORAGE_TIMEOUT", _TIMEOUT)
-
-
-def _number(variable: str, default: float) -> float:
-    text = os.environ.get(variable) or str(default)
+    """RBM_STORAGE_TIMEOUT, in seconds. Raises UserError: it is no number above 0."""
+    text = os.environ.get("RBM_STORAGE_TIMEOUT") or str(_TIMEOUT)
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise UserError(f"{variable} is {text!r}: give a number") from None
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise UserError(f"RBM_STORAGE_TIMEOUT is {text!r}: give seconds, a number above 0")
+    return seconds
 
 
 def reason(error: BaseException) -> str:
@@ -317,6 +320,7 @@ class _Patience:
     def __init__(self, what: str, location: Location) -> None:
         self._what = what
         self._location = location
+        self._tries = tries()
         self._failed = 0
         self._since = time.monotonic()
 
@@ -334,7 +338,7 @@ class _Patience:
         if not failure.transient:
             raise UserError(self._refusal(failure)) from error
         self._failed += 1
-        if self._failed >= tries():
+        if self._failed >= self._tries:
             raise UserError(
                 f"corpus {self._location}: {self._what} failed {self._failed} times in "
                 f"{time.monotonic() - self._since:.0f} s ({failure.reason}): see that the network and the object store "
@@ -344,7 +348,7 @@ class _Patience:
         pause = random.uniform(longest / 2, longest)
         log.warning(
             "corpus %s: %s failed (%s); try %d of %d follows in %.1f s",
-            *(self._location, self._what, failure.reason, self._failed + 1, tries(), pause),
+            *(self._location, self._what, failure.reason, self._failed + 1, self._tries, pause),
         )
         return pause
 
@@ -374,6 +378,8 @@ class _Patience:
             return start + "set this machine's clock"
         if scheme == "gs":
             return start + "set GOOGLE_APPLICATION_CREDENTIALS to a key that may use the bucket"
+        if is_anonymous():
+            return start + f"it is not public: unset AWS_NO_SIGN_REQUEST and {S3_KEYS}"
         return start + S3_CREDENTIALS
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rbm.corpus import store
 from rbm.corpus.location import Location
 from rbm.corpus.reader import Corpus
 from rbm.errors import UserError
@@ -44,12 +45,14 @@ class Selection:
         snapshot: its id.
         ids: unique, in the order of the corpus.
         filters: how they were chosen, JSON values; for the reader of the file, nothing depends on it.
+        file: that it was loaded from, for messages.
     """
 
     corpus: str
     snapshot: str
     ids: tuple[str, ...]
     filters: dict[str, Any] = field(default_factory=dict)
+    file: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, corpus: Corpus, rows: Iterable[int] | NDArray[np.integer], filters: dict[str, Any]) -> Selection:
@@ -74,7 +77,7 @@ class Selection:
             facts = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise UserError(
-                f"selection {path}: damaged, or no selection ({error}): make it again with `rbm corpus select`"
+                f"selection {path}: damaged, or no selection: make it again with `rbm corpus select`"
             ) from error
         if not isinstance(facts, dict) or facts.get("format") != FORMAT or not isinstance(facts.get("version"), int):
             raise UserError(f"selection {path}: some other file: a selection comes from `rbm corpus select`")
@@ -95,7 +98,7 @@ class Selection:
                 "`rbm corpus select`"
             )
         place = corpus if "://" in corpus else os.path.normpath(path.absolute().parent / corpus)
-        return cls(place, snapshot, tuple(ids), filters)
+        return cls(place, snapshot, tuple(ids), filters, str(path))
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write it: the file is there whole, or not at all.
@@ -116,18 +119,25 @@ class Selection:
         Raises:
             UserError: the corpus or the snapshot is gone, or it has no trajectory of one of the ids.
         """
-        corpus = Corpus.open(self.corpus, self.snapshot)
+        name = f"selection {self.file}" if self.file else "the selection"
+        try:
+            corpus = Corpus.open(self.corpus, self.snapshot)
+        except store.NoSuchSnapshot as error:
+            raise UserError(
+                f"{name}: its snapshot {self.snapshot} of corpus {self.corpus} is gone (`rbm corpus compact "
+                "--drop-history` drops those without a tag): make it again with `rbm corpus select`"
+            ) from error
         rows = corpus.ids.find_many(self.ids)
         unknown = np.flatnonzero(rows < 0)
         if len(unknown):
             raise UserError(
-                f"the selection does not fit corpus {self.corpus}: its snapshot {self.snapshot} has no trajectory "
-                f"{self.ids[unknown[0]]!r} ({len(unknown)} unknown ids)"
+                f"{name} does not fit corpus {self.corpus}: its snapshot {self.snapshot} has no trajectory "
+                f"{self.ids[unknown[0]]!r} (unknown ids: {len(unknown)})"
             )
         chosen = np.unique(rows)
         if len(chosen) < len(rows):
             raise UserError(
-                f"the selection of corpus {self.corpus} names a trajectory twice ({len(rows) - len(chosen)} repeats)"
+                f"{name} of corpus {self.corpus} names trajectories twice (repeats: {len(rows) - len(chosen)})"
             )
         return corpus, chosen
 

@@ -319,12 +319,15 @@ def writable(location: Location) -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        path = location.local
-        stands = "; the last commit stands" if path is None or is_repository(path) else ""
-        advice = "make room" if _error_number(error) in _FULL else "see that it can be written to"
+        exists = location.local is None or is_repository(location.local)
+        number = _error_number(error)
+        advice = "make room" if number in _FULL else "see that it can be written to"
+        advice += " and run the same command again"
+        if exists and number in (0, errno.ENOENT) and isinstance(error, IcechunkError):
+            advice = f"see what `rbm corpus check {location}` says"
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        what = f"writing failed ({where}{reason(error)}){stands}"
-        raise UserError(f"corpus {location}: {what}: {advice} and run the same command again") from error
+        stands = "; the last commit stands" if exists else ""
+        raise UserError(f"corpus {location}: writing failed ({where}{reason(error)}){stands}: {advice}") from error
 
 
 def _error_number(error: BaseException) -> int:

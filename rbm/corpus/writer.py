@@ -206,7 +206,7 @@ class CorpusWriter:
         gone = set(ids)
         unknown = sorted(gone - self.ids)
         if unknown:
-            raise UserError(f"corpus {self.location}: has no trajectory {unknown[0]!r} ({len(unknown)} unknown ids)")
+            raise UserError(f"corpus {self.location}: has no trajectory {unknown[0]!r} (unknown ids: {len(unknown)})")
         for id in gone:
             self._pending.pop(id, None)
         self._removed |= gone

@@ -15,9 +15,11 @@ from s3_server import BUCKET
 
 from rbm.corpus import Corpus, CorpusWriter, cache, pack
 from rbm.corpus.check import check_corpus
+from rbm.corpus.export import export_plain
 from rbm.corpus.payload import PREFIX
 from rbm.corpus.repair import repair_corpus
 from rbm.errors import UserError
+from rbm.trajectory import Task
 
 IDS = [attempt(number)[0].id for number in range(9)]
 
@@ -231,6 +233,7 @@ def test_a_lost_index_sets_the_corpus_back_to_the_snapshot_before(corpus, kind, 
     assert report.trajectories == 0
     done = repair_corpus(corpus.location)
     assert done.lost_snapshot == lost
+    assert (done.lost_trajectories, done.report.trajectories) == (10, 9)
     assert done.lost_ids == (attempt(9)[0].id,)  # told by the local copy
     assert done.snapshot == corpus.snapshot
     assert done.collected == 0
@@ -267,12 +270,61 @@ def test_a_snapshot_reference_left_empty_by_a_power_failure(corpus):
     newest = Corpus.open(corpus.location).snapshot
     for text in ("", "{}"):
         (folder(corpus) / "refs" / "branch.main" / "ref.json").write_text(text)
-        with pytest.raises(UserError, match="can not be read"):
+        with pytest.raises(UserError, match=r"ref.json, .* is damaged: run `rbm corpus check --repair"):
             Corpus.open(corpus.location)
+        report = check_corpus(corpus.location)
+        assert (report.clean, report.snapshot, len(report.index)) == (False, "", 1)
         done = repair_corpus(corpus.location)
         assert done.reference_made
         assert done.snapshot == newest
         assert len(Corpus.open(corpus.location)) == 10
+
+
+@pytest.mark.parametrize("reference", [None, b"", b"{garbage"])
+def test_a_corpus_is_not_set_back_to_nothing(tmp_path, monkeypatch, reference):
+    monkeypatch.setenv("RBM_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "c"
+    with CorpusWriter(place) as writer:
+        writer.add_task(Task("open the door"))
+    lost = write(place, range(3))
+    (place / "snapshots" / lost.snapshot).write_bytes(b"garbage")
+    file = place / "refs" / "branch.main" / "ref.json"
+    if reference is not None:
+        file.write_bytes(reference)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"no snapshot with trajectories can be read, .* restore it from a backup"):
+        repair_corpus(place)
+    assert file.read_bytes() == before
+
+
+def test_a_corpus_emptied_on_purpose_stays_empty(tmp_path):
+    write(tmp_path / "c", range(2))
+    with CorpusWriter(tmp_path / "c") as writer:
+        writer.remove(IDS[:2])
+        newest = writer.commit()
+    (tmp_path / "c" / "refs" / "branch.main" / "ref.json").write_text("")
+    assert repair_corpus(tmp_path / "c").snapshot == newest
+
+
+def test_what_can_not_be_repaired_is_not_sent_round(corpus):
+    (folder(corpus) / "config.yaml").write_bytes(b"{garbage")
+    with pytest.raises(UserError, match="run `rbm corpus check --repair"):
+        check_corpus(corpus.location)
+    with pytest.raises(UserError, match=r"can not be repaired \(.*\): restore it from a backup") as caught:
+        repair_corpus(corpus.location)
+    assert "--repair" not in str(caught.value)
+
+
+def test_parts_of_a_corpus_and_a_plain_export_are_not_taken_for_room(corpus, tmp_path):
+    export_plain(corpus, tmp_path / "plain")
+    with pytest.raises(UserError, match="a plain Zarr export of a corpus: open the corpus that it came from"):
+        check_corpus(tmp_path / "plain")
+    for name in ("refs", "snapshots"):
+        (folder(corpus) / name).rename(tmp_path / "aside")
+        for use in (Corpus.open, check_corpus, repair_corpus):
+            with pytest.raises(UserError, match=f"parts of a corpus are there, but {name}/ is missing: restore it"):
+                use(corpus.location)
+        (tmp_path / "aside").rename(folder(corpus) / name)
 
 
 def test_nothing_is_done_where_all_is_damaged(corpus):

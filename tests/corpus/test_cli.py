@@ -1,11 +1,17 @@
+import ctypes
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import pytest
 import zarr
@@ -18,6 +24,8 @@ from rbm.corpus import Corpus, CorpusWriter
 from rbm.corpus.cli import corpus as group
 from rbm.corpus.selection import Selection
 from rbm.trajectory import Task
+
+RBM = (sys.executable, "-m", "rbm.cli", "corpus")
 
 
 def id_of(number: int) -> str:
@@ -64,6 +72,7 @@ def refused(*arguments: object, says: str) -> None:
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert says in done.stderr, done.stderr
+    assert done.stderr.startswith("Usage:") or done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.fixture
@@ -83,6 +92,84 @@ def test_every_command_has_help_with_an_example():
     listed = rbm("--help").stdout
     assert all(f"  {name} " in listed for name in group.commands)
     assert LazyGroup().get_command(None, "corpus") is group
+    assert ".." not in rbm("--help").stdout.replace("[ARGS]...", "")
+    assert "can not be moved" in rbm("tag", "--help").stdout
+    for name in ("copy", "export"):
+        assert "a new local folder" in rbm(name, "--help").stdout
+
+
+def test_numbers_out_of_range(path):
+    refused("log", path, "-n", "-3", says="-3 is not in the range")
+    refused("stats", path, "--sample", "-5", says="-5 is not in the range")
+    refused("select", path, "--min-frames", "-5", says="-5 is not in the range")
+    refused("copy", path, "x", "--codec", "jpeg", "--short-side", "0", says="0 is not in the range")
+
+
+def test_tables_fit_a_terminal(path):
+    """Of 80 columns; whatever else is cut, the id of a snapshot is not."""
+    with CorpusWriter(path) as writer:
+        writer.add(*attempt(9, task="put the red cup onto the white plate beside the stove", source="a-long-name-" * 5))
+    newest = works("tag", path, "a-tag-with-a-long-name-of-more-than-thirty-letters").split()[-1]
+    log = works("log", path)
+    assert newest in log
+    assert "time (UTC)" in log
+    stats = works("stats", path)
+    for text in (log, stats):
+        assert max(map(len, text.partition("\n")[2].splitlines())) <= 80
+    tables = ("source ", "embodiment ", "scene ", "task ", "quantile ")
+    assert all(f"\n\n{name}" in "\n".join(map(str.rstrip, stats.splitlines())) for name in tables)
+
+
+def heed_modes() -> None:
+    """The superuser passes over file modes; without these two capabilities it does not."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):
+            assert ctypes.CDLL(None).prctl(24, capability) == 0
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run([*RBM, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+
+
+def test_places_that_one_may_not_enter_or_write(path, tmp_path):
+    path.chmod(0)
+    try:
+        for command in ("info", "check"):
+            done = run(command, path, preexec_fn=heed_modes)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert f"corpus {path}: can not be read: Permission denied" in done.stderr
+    finally:
+        path.chmod(0o755)
+    tmp_path.chmod(0o555)
+    try:
+        done = run("check", path, "--repair", preexec_fn=heed_modes)
+    finally:
+        tmp_path.chmod(0o755)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"can not be made ({tmp_path}/.c.writer.lock: Permission denied)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("check", "c"), "stopped; nothing was written\n"),
+        (("copy", "c", "copy"), "stopped; nothing was written\n"),
+        (("merge", "all", "c"), "stopped; the same command goes on\n"),
+    ],
+)
+def test_stopping_a_command(path, tmp_path, command, says):
+    """A shard is a pipe here, so that the command stands still where it reads it, until somebody writes."""
+    place = max((path / "chunks").iterdir(), key=lambda file: file.stat().st_size)
+    place.unlink()
+    os.mkfifo(place)
+    with subprocess.Popen([*RBM, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        with place.open("wb"):  # waits for the reader
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # the main thread takes the signal first
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (130, says)
+    assert not (tmp_path / "copy").exists()
 
 
 def test_info_and_stats(path):
@@ -126,6 +213,9 @@ def test_select_counts_and_saves(path, tmp_path):
     refused("select", path, "--min-frames", "99", "-o", tmp_path / "none.json", says="no trajectory passes")
     (tmp_path / "ids.txt").write_text("nobody\n")
     refused("select", path, "--ids-from", tmp_path / "ids.txt", says="no trajectory has the id 'nobody'")
+    (tmp_path / "ids.txt").write_text("\n")
+    refused("select", path, "--ids-from", tmp_path / "ids.txt", says="ids.txt: holds no id")
+    refused("select", path, "-o", tmp_path / "sel.txt", says="ends in .json or .json.gz")
     assert not (tmp_path / "none.json").exists()
 
 
@@ -140,18 +230,21 @@ def test_check_says_what_is_damaged_and_mends_it(path):
     assert done.returncode == 1
     assert [bad["id"] for bad in json.loads(done.stdout)["bad"]] == [id_of(4)]
     refused("check", path, "--repair", "--snapshot", "v1", says="leave --snapshot out")
-    assert "1 damaged trajectories are taken out" in works("check", path, "--repair")
+    assert "taken out as damaged: 1 trajectory;" in works("check", path, "--repair")
     assert json.loads(works("check", path, "--decode", "--json"))["clean"]
     assert len(Corpus.open(path)) == 8
 
 
 def test_merge(path, tmp_path):
     other = write(tmp_path / "other", range(8, 12))
-    refused("merge", tmp_path / "all", path, other.location, says="1 ids stand for different trajectories")
+    refused("merge", tmp_path / "all", path, other.location, says="ids that stand for different trajectories: 1 (")
     assert not (tmp_path / "all").exists()
     facts = json.loads(works("merge", tmp_path / "all", path, other.location, "--conflict", "skip", "--json"))
     assert (facts["added"], facts["skipped"]) == (12, 1)
-    assert "0 trajectories added, 0 replaced, 9 were there" in works("merge", tmp_path / "all", path)
+    assert "/all: 0 trajectories added, 9 there already; snapshot" in works("merge", tmp_path / "all", path)
+    assert "/new: 9 trajectories added; snapshot" in works("merge", tmp_path / "new", path)
+    flip(Corpus.open(path), 4, 400)
+    refused("merge", tmp_path / "newer", path, says="--skip-damaged")
     refused("merge", tmp_path / "all", says="SOURCES")
     refused("merge", tmp_path / "all", tmp_path / "none", says="no such directory")
 
@@ -167,10 +260,17 @@ def test_remove_and_compact(path, tmp_path):
     refused("remove", path, says="say which trajectories")
     refused("remove", tmp_path / "none", "x", says="no such directory")
     shutil.copytree(path, tmp_path / "twin")
+    shutil.copytree(path, tmp_path / "before")
     refused("remove", tmp_path / "twin", "--selection", tmp_path / "web.json", says="is of the corpus")
+    works("tag", path, "v1")
+    works("remove", path, id_of(3))
     text = works("compact", path, "--drop-history")
-    assert "older snapshots dropped" in text
-    assert list(Corpus.open(path).ids) == [id_of(3), id_of(4), id_of(5)]
+    assert "older snapshots: " in text
+    assert "1 tagged kept (v1)" in text
+    assert "v1" in works("log", path)
+    works("merge", path, tmp_path / "before")
+    assert list(Corpus.open(path).ids) == [id_of(4), id_of(5), id_of(3)]
+    works("compact", path)
     assert json.loads(works("compact", path, "--json"))["moved"] == 0
 
 

@@ -65,6 +65,14 @@ def test_bad_requests(archive, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_where_it_can_not_be_written_the_reason_is_said(archive, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"\(.*/file: (Not a directory|File exists)\): see that it can be") as caught:
+        copy_corpus(archive, tmp_path / "file" / "copy")
+    assert "make room" not in str(caught.value)
+    assert "last commit" not in str(caught.value)
+
+
 def test_a_damaged_trajectory_stops_the_copy_and_leaves_nothing(archive, tmp_path):
     payload = archive.payload(3)
     clip = payload.data[payload.head.ends[0] : payload.head.ends[1]].tobytes()
@@ -73,6 +81,6 @@ def test_a_damaged_trajectory_stops_the_copy_and_leaves_nothing(archive, tmp_pat
         if clip in data:
             file.write_bytes(data.replace(clip, clip[:100] + bytes([clip[100] ^ 1]) + clip[101:]))
     for codec in (None, "jpeg"):
-        with pytest.raises(CorruptPayload, match="tests/0003-é"):
+        with pytest.raises(CorruptPayload, match=f"tests/0003-é' of corpus {archive.location} .*--repair"):
             copy_corpus(archive.location, tmp_path / "copy", codec=codec)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["archive"]

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import zarr
 from attempts import attempt, payload_bytes, write
+from damage import flip, shard_file
 from rich.progress import Progress
 from s3_server import BUCKET
 
-from rbm.corpus import Corpus, CorpusWriter
+from rbm.corpus import Corpus, CorpusWriter, CorruptPayload
 from rbm.corpus.export import export_plain
 from rbm.corpus.layout import COLUMNS
 from rbm.corpus.payload import Payload
@@ -62,6 +63,20 @@ def test_from_an_object_store(s3, tmp_path):
     assert plain_payloads(tmp_path / "plain") == payload_bytes(corpus)
     with pytest.raises(UserError, match="to a local folder"):
         export_plain(corpus, f"s3://{BUCKET}/exported/plain")
+
+
+def test_damage_is_not_copied(tmp_path):
+    corpus = write(tmp_path / "c", range(3))
+    flip(corpus, 1, 400)
+    with pytest.raises(CorruptPayload, match=rf"'{corpus.ids[1]}' of corpus {corpus.location} .*check --repair"):
+        export_plain(corpus, tmp_path / "plain")
+    flip(corpus, 1, 400)
+    file, _ = shard_file(corpus, 0)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the checksum of its chunk index, which only zarr looks at
+    with pytest.raises(UserError, match=r"snapshot .* is damaged \(.*check --repair"):
+        export_plain(corpus, tmp_path / "plain")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["c"]
 
 
 def test_all_or_nothing(tmp_path):

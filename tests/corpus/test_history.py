@@ -4,6 +4,7 @@ import pytest
 from attempts import attempt, write
 
 from rbm.corpus import Corpus, CorpusWriter
+from rbm.corpus.compact import compact_corpus
 from rbm.corpus.history import add_tag, delete_tag, read_history
 from rbm.errors import UserError
 
@@ -38,6 +39,18 @@ def test_tags_name_snapshots(corpus):
     assert [one.tags for one in read_history(corpus.location)][2] == ("also-v1.0",)
     with pytest.raises(UserError, match="has no snapshot or tag 'v1'"):
         Corpus.open(corpus.location, "v1")
+
+
+def test_tagged_snapshots_stand_where_they_belong_even_when_cut_off(corpus):
+    before = read_history(corpus.location)
+    add_tag(corpus.location, "v1", before[2].id)
+    assert read_history(corpus.location, limit=2) == before[:2]
+    now = compact_corpus(corpus.location, drop_history=True).snapshot
+    write(corpus.location, range(7, 8))
+    history = read_history(corpus.location)
+    assert [(one.trajectories, one.tags) for one in history] == [(7, ()), (6, ()), (3, ("v1",)), (0, ())]
+    assert [history[1].id, history[2].id] == [now, before[2].id]
+    assert read_history(corpus.location, limit=3) == history[:3]
 
 
 def test_tags_that_are_refused(corpus):

@@ -60,6 +60,10 @@ def test_what_tools_of_aws_are_told_counts(s3: S3, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     assert location.objects(5).config["access_key_id"] == "ours"
 
+    monkeypatch.setenv("AWS_PROFILE", "nope")
+    with pytest.raises(UserError, match="AWS_PROFILE is 'nope': there is no such profile"):
+        location.objects(5)
+    monkeypatch.setenv("AWS_PROFILE", "lab")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "other.example:9000")
     with pytest.raises(UserError, match="must begin with http"):
         location.storage()
@@ -72,6 +76,15 @@ def test_storage_works_with_icechunk(s3: S3, tmp_path: Path) -> None:
         made = icechunk.Repository.create(location.storage())
         assert location.holds_repository()
         assert icechunk.Repository.open(location.storage()).lookup_branch("main") == made.lookup_branch("main")
+
+
+def test_a_key_for_google_that_can_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_text("x")
+    for name in ("garbage", "none"):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / name))
+        with pytest.raises(UserError, match=r"corpus gs://lab/c: .*set GOOGLE_APPLICATION_CREDENTIALS") as caught:
+            Location.parse("gs://lab/c").objects(5)
+        assert "\n" not in str(caught.value)
 
 
 def test_no_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,11 @@ def test_nothing_is_left(location: Location, tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_can_not_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"can not be made \(.*\.c\.writer\.lock: No such file.* .*/none is there"):
+        WriterLock(Location.parse(tmp_path / "none" / "c")).acquire()
+
+
 def test_a_lease_is_renewed(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LEASE_SECONDS", 1.5)
     location = Location.parse(s3.place())

@@ -1,4 +1,5 @@
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,9 @@ def others(tmp_path: Path, name: str, *numbers: int, **changes) -> Corpus:
 def test_another_payload_under_a_known_id_is_a_conflict(a, tmp_path):
     other = others(tmp_path, "other", 1, 3, 11, embodiment="panda", provenance="relabelled")
     np.testing.assert_array_equal(other.columns.content[:2], a.columns.content[[1, 3]])  # the frames are the same
-    with pytest.raises(UserError, match=rf"2 ids .*\('{id_of(1)}', '{id_of(3)}'\); nothing was written") as caught:
+    with pytest.raises(
+        UserError, match=rf"different trajectories: 2 \('{id_of(1)}', '{id_of(3)}'\); nothing was written"
+    ) as caught:
         merge_corpora(tmp_path / "all", [a, other])
     assert "--conflict" in str(caught.value)
     assert not (tmp_path / "all").exists()
@@ -101,7 +104,7 @@ def test_another_payload_under_a_known_id_is_a_conflict(a, tmp_path):
 def test_replacing_in_the_destination_keeps_the_former_in_older_snapshots(a, tmp_path):
     other = others(tmp_path, "other", 1, 11, provenance="relabelled")
     before = payload_bytes(a)
-    with pytest.raises(UserError, match="1 ids stand for different"):
+    with pytest.raises(UserError, match="that stand for different trajectories: 1"):
         merge_corpora(a.location, [other])
     assert merge_corpora(a.location, [other], conflict="skip").added == 1
     done = merge_corpora(a.location, [other], conflict="replace")
@@ -143,8 +146,10 @@ def test_tables_that_contradict_each_other_are_refused_before_anything_is_writte
 
 def test_a_damaged_trajectory_is_named_and_never_written(a, b, tmp_path):
     flip(a, 2, int(a.columns.length[2]) - 3)
-    with pytest.raises(CorruptPayload, match=f"'{id_of(2)}'.*array 'action'"):
+    with pytest.raises(CorruptPayload, match=f"'{id_of(2)}' of corpus {a.location} .*array 'action'") as caught:
         merge_corpora(tmp_path / "all", [a, b])
+    assert f"`rbm corpus check --repair {a.location}`, or leave it out with --skip-damaged" in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     done = merge_corpora(tmp_path / "all", [a, b], skip_damaged=True)
     assert [id for id, _ in done.damaged] == [id_of(2)]
     assert done.to_json()["damaged"] == [{"id": id_of(2), "what": "the checksum of array 'action' does not match"}]
@@ -199,7 +204,7 @@ def test_to_an_object_store_and_back(s3, a, b, tmp_path):
         *payload_bytes(a).items(), *payload_bytes(b).items(),
     ]  # fmt: skip
     assert check_corpus(url, decode=True).clean
-    with pytest.raises(UserError, match="1 ids stand for different"):
+    with pytest.raises(UserError, match="that stand for different trajectories: 1"):
         merge_corpora(url, [others(tmp_path, "other", 1, provenance="x")])
 
 
@@ -208,5 +213,5 @@ def test_a_payload_of_another_size_is_another_payload(a, tmp_path):
     with CorpusWriter(tmp_path / "other") as writer:
         writer.add_source("tests", completion=0.9)
         writer.add(replace(record), clips, {"action": np.eye(7)})
-    with pytest.raises(UserError, match="1 ids stand for different"):
+    with pytest.raises(UserError, match="that stand for different trajectories: 1"):
         merge_corpora(tmp_path / "all", [a, tmp_path / "other"])

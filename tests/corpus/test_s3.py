@@ -231,6 +231,22 @@ def test_wrong_credentials_fail_at_once(s3: S3, caplog: pytest.LogCaptureFixture
     assert "follows in" not in caplog.text
 
 
+def test_a_bucket_that_is_not_public(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+    s3.proxy.answer(1000, 403, "AccessDenied")
+    with pytest.raises(UserError, match="it is not public: unset AWS_NO_SIGN_REQUEST and set AWS_ACCESS_KEY_ID"):
+        Corpus.open(s3.place())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("TIMEOUT", "-1"), ("TIMEOUT", "nan"), ("TIMEOUT", "abc"), ("TRIES", "abc"), ("TRIES", "0")]
+)
+def test_settings_that_make_no_sense(s3: S3, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"RBM_STORAGE_{name}", value)
+    with pytest.raises(UserError, match=f"RBM_STORAGE_{name} is '{value}': give"):
+        Corpus.open(s3.place())
+
+
 @pytest.mark.parametrize(
     "code", ["AccessDenied", "SignatureDoesNotMatch", "ExpiredToken", "AuthorizationHeaderMalformed"]
 )

@@ -106,7 +106,7 @@ def test_removing_and_replacing_are_new_snapshots(tmp_path):
         writer.remove([old.ids[1], old.ids[4]])
         writer.add(*attempt(1, n_frames=3, quality=Quality.FAILURE))
         writer.add(*attempt(9))
-        with pytest.raises(UserError, match=r"has no trajectory 'nowhere' \(1 unknown ids\)"):
+        with pytest.raises(UserError, match=r"has no trajectory 'nowhere' \(unknown ids: 1\)"):
             writer.remove([old.ids[0], "nowhere"])
     new = Corpus.open(tmp_path / "c")
     assert list(new.ids) == [old.ids[0], old.ids[2], old.ids[3], old.ids[5], old.ids[1], attempt(9)[0].id]

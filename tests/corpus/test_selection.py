@@ -7,6 +7,7 @@ import pytest
 from attempts import attempt, write
 
 from rbm.corpus import Corpus, CorpusWriter
+from rbm.corpus.compact import compact_corpus
 from rbm.corpus.index import Ids, Names
 from rbm.corpus.selection import Selection
 from rbm.corpus.tables import pack_strings
@@ -68,12 +69,20 @@ def test_none_and_all(corpus, tmp_path):
 
 def test_what_does_not_fit_the_corpus_is_named(corpus):
     place, snapshot = str(corpus.location), corpus.snapshot
-    with pytest.raises(UserError, match=r"no trajectory 'x' \(2 unknown ids\)"):
+    with pytest.raises(UserError, match=r"no trajectory 'x' \(unknown ids: 2\)"):
         Selection(place, snapshot, ("tests/0001-é", "x", "y")).open()
     with pytest.raises(UserError, match="twice"):
         Selection(place, snapshot, ("tests/0001-é", "tests/0001-é")).open()
-    with pytest.raises(UserError, match="has no snapshot or tag 'BBBBBBBBBBBBBBBBBBBB'"):
+    with pytest.raises(UserError, match=r"snapshot BBBBBBBBBBBBBBBBBBBB of corpus .* is gone"):
         Selection(place, "BBBBBBBBBBBBBBBBBBBB", ()).open()
+
+
+def test_a_dropped_snapshot_is_said_with_the_file(corpus, tmp_path):
+    Selection.of(corpus, [1], {}).save(tmp_path / "some.json")
+    write(corpus.location, range(9, 10))
+    compact_corpus(corpus.location, drop_history=True)
+    with pytest.raises(UserError, match=rf"selection .*some.json: its snapshot {corpus.snapshot} .* is gone .*select`"):
+        Selection.load(tmp_path / "some.json").open()
 
 
 def test_files_that_are_no_selection(corpus, tmp_path):
@@ -90,8 +99,9 @@ def test_files_that_are_no_selection(corpus, tmp_path):
         (text.replace('"tests/0001-é"', "1"), "lacks"),
     ):
         file.write_text(wrong)
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=says) as caught:
             Selection.load(file)
+        assert "line 1" not in str(caught.value)
     good.save(tmp_path / "some.json.gz")
     packed = (tmp_path / "some.json.gz").read_bytes()
     for wrong in (packed[:-12], packed[:40] + bytes([packed[40] ^ 255]) + packed[41:], b"plain"):
