@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,13 @@ def _write(connections: list[Connection], place: Path, workers: int) -> float:
         start = time.perf_counter()
         for connection, fork in zip(connections, forks, strict=True):
             connection.send(fork)
-        for connection in connections:
-            for segment in iter(connection.recv, None):
+        busy: list[Any] = list(connections)
+        while busy:
+            for connection in wait(busy):
+                segment = connection.recv()  # type: ignore[union-attr]
+                if segment is None:
+                    busy.remove(connection)
+                    continue
                 writer.take(segment)
                 for placed in segment.placed:
                     writer.place(placed)

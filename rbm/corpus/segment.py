@@ -10,9 +10,8 @@ import pickle
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
 
 import google_crc32c
 import icechunk
@@ -47,10 +46,10 @@ class Placed:
 class SegmentWriter:
     """One segment of a session. Full shards go to the store at once, so memory stays at one shard."""
 
-    def __init__(self, root: zarr.Group, location: Location, number: int) -> None:
+    def __init__(self, root: zarr.Group, number: int) -> None:
         self.number = number
         self.size = 0
-        self._root, self._location = root, location
+        self._root = root
         self._parts: list[bytes | memoryview] = []
         self._held = 0
         self._shards = 0
@@ -93,19 +92,11 @@ class SegmentWriter:
             )
         else:
             self._array.resize((end,))
-        began = time.time()
         key = layout.shard_key(self.number, self._shards)
         data = shard_object(self._parts, self._held, layout.SHARD_BYTES)
         store.write_object(self._root, key, data)
         self._shards += 1
         self._parts, self._held = [], 0
-        # the disk works while the processor encodes; a commit waits for what is not done by then, and says what failed
-        Thread(target=_force, args=(self._location, began), daemon=True).start()
-
-
-def _force(location: Location, since: float) -> None:
-    with suppress(OSError):
-        store.force_to_disk(location, store.PAYLOAD_FOLDERS, since)
 
 
 def shard_object(parts: list[bytes | memoryview], size: int, shard_bytes: int) -> bytes:
@@ -224,5 +215,5 @@ class ForkWriter:
         store.check_runtime(self._fork.location)
         self._session = pickle.loads(self._fork.session)  # made by our own coordinator, a moment ago
         assert self._session is not None
-        self._writer = SegmentWriter(store.group(self._session, self._fork.location), self._fork.location, self._next)
+        self._writer = SegmentWriter(store.group(self._session, self._fork.location), self._next)
         self._since = time.monotonic()

@@ -26,6 +26,7 @@ from icechunk import IcechunkError
 from numpy.typing import NDArray
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
 from rbm.corpus.layout import BRANCH, FORMAT, INDEX_GROUP, SEGMENT_GROUP, VERSION
@@ -223,7 +224,18 @@ async def _get(store: Store, key: str, start: int, stop: int) -> bytes | None:
 
 def write_object(root: zarr.Group, key: str, data: bytes) -> None:
     """One whole object, as it is."""
-    sync(root.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+    sync(root.store.set(key, _Whole(data)))
+
+
+class _Whole(Buffer):
+    """Bytes that are handed on as they are; of a shard, a copy costs as much as writing it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(np.frombuffer(data, "B"))
+        self._whole = data
+
+    def to_bytes(self) -> bytes:
+        return self._whole
 
 
 def column(root: zarr.Group, name: str) -> NDArray:

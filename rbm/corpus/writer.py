@@ -390,7 +390,7 @@ class CorpusWriter:
             self._tables_changed = True
         else:
             self._root = store.group(self._session, self.location)
-        self._segment = SegmentWriter(self._root, self.location, self._next_segment)
+        self._segment = SegmentWriter(self._root, self._next_segment)
 
     def _check_usable(self) -> None:
         if not self._usable:
