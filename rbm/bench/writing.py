@@ -77,10 +77,10 @@ def _write(connections: list[Connection], place: Path, workers: int) -> float:
             connection.send(fork)
         busy: list[Any] = list(connections)
         while busy:
-            for connection in wait(busy):
-                segment = connection.recv()  # type: ignore[union-attr]
+            for ready in wait(busy):
+                segment = busy[busy.index(ready)].recv()
                 if segment is None:
-                    busy.remove(connection)
+                    busy.remove(ready)
                     continue
                 writer.take(segment)
                 for placed in segment.placed:
