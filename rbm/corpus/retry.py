@@ -274,7 +274,13 @@ def timeout() -> float:
 
 
 def reason(error: BaseException) -> str:
-    """The one sentence in a storage error: Icechunk draws several lines, obstore prints its insides."""
+    """The one sentence in a storage error: Icechunk draws several lines, obstore prints its insides.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C, which inside Icechunk comes as an error of its own.
+    """
+    if "KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
