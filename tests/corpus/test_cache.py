@@ -11,6 +11,7 @@ import pytest
 from attempts import attempt, payload_bytes, write
 
 from rbm.corpus import Corpus, CorpusWriter, cache
+from rbm.errors import UserError
 
 
 @pytest.fixture
@@ -151,3 +152,13 @@ def test_where_it_is(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "rbm" / "corpus"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert str(cache.folder()) == os.path.expanduser("~/.cache/rbm/corpus")
+
+
+def test_a_newer_format_is_refused_from_the_cache_too(corpus, place):
+    """A newer rbm, which has written to the corpus, fills the cache that an older one then finds."""
+    (folder,) = (item for item in place.iterdir() if item.is_dir())
+    known = json.loads((folder / "facts.json").read_text())
+    known["facts"]["attributes"]["version"] = 2
+    (folder / "facts.json").write_text(json.dumps(known))
+    with pytest.raises(UserError, match=r"has format version 2.*upgrade robot-rbm"):
+        Corpus.open(corpus.location, corpus.snapshot)
