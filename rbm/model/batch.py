@@ -2,16 +2,17 @@
 
 Letters in shapes:
     N  clips in a batch
-    F  frames shown in all clips together, F = sum(lengths); clip n owns a run of `lengths[n]` of them
+    F  steps of all clips together, F = sum(lengths); clip n owns a run of `lengths[n]` of them
+    V  views: how many pictures a step shows (nearly always one)
     U  distinct frames among these: a frame that several clips show is stored, and encoded, once
     P  preference pairs
     K  progress bins
-All per-frame tensors are flat (F, ...), in the order of the clips: no padding above the backbone.
+All per-step tensors are flat (F, ...), in the order of the clips: no padding above the backbone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -35,9 +36,15 @@ class _Tensors:
         def moved(value):  # type: ignore[no-untyped-def]
             if isinstance(value, Tensor):
                 return move(value)
+            if isinstance(value, tuple):
+                return tuple(moved(item) for item in value)
             return value._each(move) if isinstance(value, _Tensors) else value
 
         return type(self)(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+
+Clip = Tensor | Sequence[Tensor | None]
+"""Frames of one view, or of each of V views (none: this clip lacks the view)."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,15 @@ class ClipBatch(_Tensors):
     """N clips, each with its instruction.
 
     Attributes:
-        frames: uint8 (U, h, w, 3), RGB, already through `Backbone.preprocess`.
-        frame_ids: int64 (F,), which of the U frames each step shows.
+        frames: the U frames in groups of one size. A group is uint8 (U_g, h, w, 3), RGB, already through
+            `Backbone.preprocessor`; or floating (U_g, levels, rows, columns, d), what `Backbone.encode` made of them.
+        frame_ids: int64 (F, V), which frames each step shows, counted through all groups; -1 for a view that is not
+            there. Every step shows at least one.
         lengths: int64 (N,), steps of each clip.
         tasks: N instructions.
     """
 
-    frames: Tensor
+    frames: tuple[Tensor, ...]
     frame_ids: Tensor
     lengths: Tensor
     tasks: tuple[str, ...]
@@ -59,32 +68,63 @@ class ClipBatch(_Tensors):
     def __post_init__(self) -> None:
         if len(self.tasks) != len(self.lengths):
             raise ValueError(f"{len(self.tasks)} instructions for {len(self.lengths)} clips")
+        if self.frame_ids.ndim != 2:
+            raise ValueError(f"frame_ids must have the shape (steps, views), not {tuple(self.frame_ids.shape)}")
 
     @classmethod
-    def from_clips(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
-        """One batch of clips (uint8 (n, h, w, 3), instruction); a tensor given twice is stored once.
+    def from_clips(cls, clips: Sequence[tuple[Clip, str]]) -> ClipBatch:
+        """One batch of clips (frames as in `ClipBatch.frames`, instruction); a tensor given twice is stored once.
 
         Raises:
-            ValueError: the clips' frames differ in size (preprocess them first), or there are none.
+            ValueError: there are no clips, or the views of one differ in length.
         """
         if not clips:
             raise ValueError("a batch needs at least one clip")
-        stored: dict[int, tuple[int, Tensor]] = {}
-        total = 0
-        for frames, _ in clips:
-            if id(frames) not in stored:
-                stored[id(frames)] = (total, frames)
-                total += len(frames)
-        sizes = {tuple(frames.shape[1:]) for _, frames in stored.values()}
-        if len(sizes) > 1:
-            raise ValueError(f"frames of one batch must have one size, got {sorted(sizes)}")
-        ids = [torch.arange(len(frames)) + stored[id(frames)][0] for frames, _ in clips]
+        views = [(frames,) if isinstance(frames, Tensor) else tuple(frames) for frames, _ in clips]
+        pool = FramePool()
+        ids = []
+        for clip in views:
+            lengths = {len(frames) for frames in clip if frames is not None}
+            if len(lengths) != 1:
+                raise ValueError(f"the views of a clip must have the same number of frames, got {sorted(lengths)}")
+            column = torch.full((lengths.pop(), max(map(len, views))), -1)
+            for view, frames in enumerate(clip):
+                if frames is not None:
+                    column[:, view] = torch.arange(len(frames)) + pool.add(id(frames), frames)
+            ids.append(column)
+        groups, renumber = pool.groups()
         return cls(
-            frames=torch.cat([frames for _, frames in stored.values()]),
-            frame_ids=torch.cat(ids),
-            lengths=torch.tensor([len(frames) for frames, _ in clips]),
+            frames=groups,
+            frame_ids=renumber(torch.cat(ids)),
+            lengths=torch.tensor([len(column) for column in ids]),
             tasks=tuple(task for _, task in clips),
         )
+
+
+class FramePool:
+    """Collects the frames of a batch: what is added under one key twice is stored once, sizes may differ."""
+
+    def __init__(self) -> None:
+        self._stored: dict[Hashable, tuple[int, Tensor]] = {}
+        self._total = 0
+
+    def add(self, key: Hashable, frames: Tensor) -> int:
+        """The number of the first of these frames, in the order in which they came."""
+        if key not in self._stored:
+            self._stored[key] = (self._total, frames)
+            self._total += len(frames)
+        return self._stored[key][0]
+
+    def groups(self) -> tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor]]:
+        """The frames in groups of one size, and what turns numbers that `add` gave into places in these groups."""
+        of_size: dict[tuple[object, ...], list[tuple[int, Tensor]]] = {}
+        for start, frames in self._stored.values():
+            of_size.setdefault((frames.dtype, *frames.shape[1:]), []).append((start, frames))
+        order = torch.cat([start + torch.arange(len(x)) for group in of_size.values() for start, x in group])
+        place = torch.empty(self._total + 1, dtype=torch.int64)
+        place[order] = torch.arange(self._total)
+        place[-1] = -1  # -1 stays -1
+        return tuple(torch.cat([x for _, x in group]) for group in of_size.values()), lambda ids: place[ids]
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,76 @@
-"""A reward model on disk: a folder with `config.json` and `model.safetensors`. Never pickle."""
+"""A reward model on disk, in the format of this package: `config.json`, safetensors, and the backbone's files.
+
+`load` also takes what others write: see `rbm.model.published`, `rbm.model.adapter`, `rbm.model.lightning_file`,
+`rbm.model.hub`. Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 
 from rbm.errors import UserError
 from rbm.model.reward_model import RewardModel
+from rbm.model.weights import WEIGHTS, fill, read_folder, write_folder
 
 FORMAT = "rbm-reward-model"
 VERSION = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 def save(model: RewardModel, folder: str | os.PathLike[str], facts: dict[str, Any] | None = None) -> None:
     """Write the model; each file appears whole or not at all."""
-    target = Path(folder)
+    write_folder(folder, model.state_dict(), model.backbone.files() | {CONFIG: described(model, facts)})
+
+
+def described(model: RewardModel, facts: dict[str, Any] | None = None) -> str:
+    """Content of `config.json`."""
     description = {"format": FORMAT, "version": VERSION, "model": model.config(), "facts": facts or {}}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, Path(scratch, WEIGHTS))
-            Path(scratch, CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-            shutil.copymode(Path(scratch, CONFIG), Path(scratch, WEIGHTS))  # safetensors makes it private
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(scratch, name), target / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the model to {target}: {error}") from error
+    return json.dumps(description, indent=2, ensure_ascii=False) + "\n"
 
 
-def load(folder: str | os.PathLike[str]) -> RewardModel:
-    """Read a model that `save` wrote, in eval mode, on the CPU."""
-    source = Path(folder)
-    model = RewardModel.from_config(describe(source)["model"])
-    weights = source / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{source}: {WEIGHTS} is missing, the checkpoint is not complete")
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} cannot be read ({error}): it is truncated or not a safetensors file") from error
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(f"{weights} does not fit its {CONFIG}: missing keys {missing}, unknown keys {unknown}")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the configuration says {tuple(expected[name].shape)}"
-            raise UserError(f"{weights}: {name} has shape {shapes}")
-    model.load_state_dict(state)
+def load(place: str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> RewardModel:
+    """Read a model of any kind that `RewardModel.from_pretrained` names, in eval mode, on the CPU."""
+    model = _load(place)
+    if dtype is not None:
+        model = model.to(as_dtype(dtype))
     return model.eval()
+
+
+def _load(place: str | os.PathLike[str]) -> RewardModel:
+    source = Path(place)
+    return load_own(source)
+
+
+def load_own(source: Path) -> RewardModel:
+    """Read what `save` wrote."""
+    description = describe(source)
+    files = {path.name: path.read_text() for path in sorted(source.glob("*.json")) if path.name != CONFIG}
+    model = empty(description["model"], files)
+    fill(model, read_folder(source), str(source / WEIGHTS))
+    return model
+
+
+def empty(config: dict[str, Any], files: dict[str, str]) -> RewardModel:
+    """The architecture, its memory not yet filled."""
+    if config.get("backbone", {}).get("type") == "nano":
+        return RewardModel.from_config(config, files)
+    from rbm.model.backbones.vlm import without_random_weights
+
+    with without_random_weights():
+        return RewardModel.from_config(config, files)
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Raises UserError for a name that is no floating type of torch's."""
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {name!r} does not exist: give float32, bfloat16 or float16")
+    return found
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -72,20 +85,27 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {source} is not a folder with {CONFIG} and {WEIGHTS}" + (f": {hint}" if hint else "")
         )
-    path = source / CONFIG
-    if not path.is_file():
-        raise UserError(f"{source}: {CONFIG} is missing, this is not a reward model's folder")
-    try:
-        description = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"{path} does not describe a reward model (format {FORMAT!r})")
+    description = read_json(source / CONFIG)
+    if description.get("format") != FORMAT:
+        raise UserError(f"{source / CONFIG} does not describe a reward model (format {FORMAT!r})")
     if description.get("version") != VERSION:
         raise UserError(
-            f"{path} is of version {description.get('version')}, this package reads version {VERSION}: "
+            f"{source / CONFIG} is of version {description.get('version')}, this package reads version {VERSION}: "
             "install the package version that wrote it, or a newer one"
         )
     if not isinstance(description.get("model"), dict):
-        raise UserError(f"{path}: the entry 'model' is missing")
+        raise UserError(f"{source / CONFIG}: the entry 'model' is missing")
     return description
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is missing or no JSON object."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: {path.name} is missing, this is not a reward model's folder")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not describe a reward model: it holds no JSON object")
+    return found

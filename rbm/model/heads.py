@@ -32,7 +32,13 @@ def bin_centres(bins: int, like: Tensor) -> Tensor:
 
 
 def progress_moments(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the bin distribution: logits (..., K) -> two float32 (...)."""
+    """Mean and standard deviation of the bin distribution: logits (..., K) -> two float32 (...).
+
+    A single logit (K = 1) is a value through a sigmoid; it says nothing of its spread: nan.
+    """
+    if logits.shape[-1] == 1:
+        value = logits.float().squeeze(-1).sigmoid()
+        return value, torch.full_like(value, torch.nan)
     probability = logits.float().softmax(-1)
     centres = bin_centres(logits.shape[-1], logits)
     mean = probability @ centres

@@ -18,11 +18,19 @@ from rbm.model.heads import two_hot
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the sum. The defaults are those with which two CPU cores learn ten tasks in minutes."""
+    """Weights of the sum. The defaults are those with which two CPU cores learn ten tasks in minutes.
+
+    `value` is the loss of progress in models without bins: l1 or l2.
+    """
 
     progress: float = 1.0
     success: float = 0.5
     preference: float = 0.5
+    value: str = "l2"
+
+    def __post_init__(self) -> None:
+        if self.value not in ("l1", "l2"):
+            raise ValueError(f"loss.value must be l1 or l2, not {self.value!r}")
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,17 @@ class Losses:
     preference: Tensor
 
 
-def progress_loss(logits: Tensor, target: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Cross entropy against the two-hot target: -(1/count) sum_f mask_f sum_k q_fk log p_fk."""
-    entropy = -(two_hot(target, logits.shape[-1]) * logits.float().log_softmax(-1)).sum(-1)
-    return torch.where(mask, entropy, 0.0).sum() / max(count, 1)
+def progress_loss(logits: Tensor, target: Tensor, mask: Tensor, count: int, value_loss: str = "l2") -> Tensor:
+    """Cross entropy against the two-hot target: -(1/count) sum_f mask_f sum_k q_fk log p_fk.
+
+    With a single logit (K = 1) |v - t| (`l1`) or (v - t)^2 (`l2`) of its sigmoid v instead.
+    """
+    if logits.shape[-1] == 1:
+        off = logits.float().squeeze(-1).sigmoid() - target
+        each = off.abs() if value_loss == "l1" else off.square()
+    else:
+        each = -(two_hot(target, logits.shape[-1]) * logits.float().log_softmax(-1)).sum(-1)
+    return torch.where(mask, each, 0.0).sum() / max(count, 1)
 
 
 def success_loss(logits: Tensor, target: Tensor, mask: Tensor, positives: int, negatives: int) -> Tensor:
@@ -69,7 +84,9 @@ def reward_losses(output: RewardOutput, targets: Targets, counts: Counts, weight
     """
     if output.preference_logits is None:
         raise ValueError("losses need the preference of pairs: call the model with pairs")
-    progress = progress_loss(output.progress_logits, targets.progress, targets.progress_mask, counts.progress)
+    progress = progress_loss(
+        output.progress_logits, targets.progress, targets.progress_mask, counts.progress, weights.value
+    )
     success = success_loss(
         output.success_logits,
         targets.success,

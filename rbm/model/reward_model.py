@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rbm.errors import UserError
-from rbm.model.backbones import BACKBONES, Backbone, PairMode
+from rbm.model.backbones import BACKBONES, Backbone, PairMode, backbone_class
 from rbm.model.batch import ClipBatch, RewardOutput
 from rbm.model.heads import PROGRESS_BINS, Head, progress_moments
 
@@ -28,6 +29,7 @@ class RewardModel(nn.Module):
         target: `absolute` (progress counts from the start of the trajectory) or `clip_relative`
             (from the start of the clip, as in published layouts). Stored, since scores mean it.
         dropout: in the heads, while training.
+        progress_bins: K, of the distribution over progress; 1 for a single value through a sigmoid, without a spread.
 
     Raises:
         ValueError: a combination of options that has no meaning.
@@ -44,6 +46,7 @@ class RewardModel(nn.Module):
         preference: str = "utility",
         target: str = "absolute",
         dropout: float = 0.1,
+        progress_bins: int = PROGRESS_BINS,
     ) -> None:
         super().__init__()
         if pair not in ("isolated", "causal"):
@@ -56,10 +59,12 @@ class RewardModel(nn.Module):
             raise ValueError("pair='causal' has one read-out for both clips: use preference='joint'")
         if context_frames < 2:
             raise ValueError(f"context_frames must be at least 2, not {context_frames}")
+        if progress_bins < 1:
+            raise ValueError(f"progress_bins must be at least 1, not {progress_bins}")
         self.backbone = backbone
         self.context_frames, self.pair, self.preference, self.target = context_frames, pair, preference, target
-        self.dropout = dropout
-        self.progress_head = Head(backbone.hidden, PROGRESS_BINS, dropout)
+        self.dropout, self.progress_bins = dropout, progress_bins
+        self.progress_head = Head(backbone.hidden, progress_bins, dropout)
         self.success_head = Head(backbone.hidden, 1, dropout)
         self.preference_head = Head(backbone.hidden, 1, dropout)
         # calibrated success = sigmoid(logit / temperature + bias), fitted on validation after training
@@ -75,11 +80,12 @@ class RewardModel(nn.Module):
             "preference": self.preference,
             "target": self.target,
             "dropout": self.dropout,
+            "progress_bins": self.progress_bins,
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RewardModel:
-        """The architecture that `config()` describes, with random weights.
+    def from_config(cls, config: Mapping[str, Any], files: Mapping[str, str] | None = None) -> RewardModel:
+        """The architecture that `config()` and the backbone's `files()` describe, with random weights.
 
         Raises:
             UserError: a backbone that this version does not have, or options that it does not know.
@@ -90,7 +96,7 @@ class RewardModel(nn.Module):
         if name not in BACKBONES:
             raise UserError(f"backbone {name!r} does not exist here; there are: {', '.join(sorted(BACKBONES))}")
         try:
-            return cls(BACKBONES[name](**backbone), **options)
+            return cls(backbone_class(name).from_config(backbone, files or {}), **options)
         except (TypeError, ValueError) as error:
             raise UserError(f"the model's configuration does not fit this version: {error}") from error
 
@@ -133,18 +139,23 @@ class RewardModel(nn.Module):
         self.success_bias.fill_(bias)
 
     def save_pretrained(self, folder: str, facts: dict[str, Any] | None = None) -> None:
-        """Write `config.json` and `model.safetensors`; `facts` (corpus snapshot, revision, ...) ride along."""
+        """Write `config.json`, the weights and the backbone's files; `facts` (corpus snapshot, ...) ride along."""
         from rbm.model.checkpoint import save
 
         save(self, folder, facts)
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> RewardModel:
-        """Read a folder that `save_pretrained` wrote; the model is in eval mode.
+    def from_pretrained(cls, place: str, dtype: str | torch.dtype | None = None) -> RewardModel:
+        """Read a model, in eval mode, on the CPU.
+
+        Args:
+            place: a folder that `save_pretrained` wrote, a published checkpoint in either of its layouts, a Lightning
+                checkpoint, one sharded by FSDP, a LoRA adapter's folder; or an id on the Hugging Face hub of one.
+            dtype: of the weights; none for that in which they are stored.
 
         Raises:
-            UserError: the folder or a file is missing, truncated, of a newer version, or does not fit.
+            UserError: nothing is there, or what is there is truncated, of a newer version, or does not fit.
         """
         from rbm.model.checkpoint import load
 
-        return load(folder)
+        return load(place, dtype)

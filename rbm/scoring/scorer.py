@@ -180,8 +180,8 @@ class Scorer:
         for chunk in _chunks(rows, BATCH_SIZE):
             shown, ids = np.unique(np.concatenate(chunk), return_inverse=True)
             batch = ClipBatch(
-                frames=seen[torch.from_numpy(shown)],
-                frame_ids=torch.from_numpy(ids.astype(np.int64)),
+                frames=(seen[torch.from_numpy(shown)],),
+                frame_ids=torch.from_numpy(ids.astype(np.int64))[:, None],
                 lengths=torch.tensor([len(row) for row in chunk]),
                 tasks=(task,) * len(chunk),
             )

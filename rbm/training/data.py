@@ -26,13 +26,12 @@ import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rbm.corpus import Corpus, CorruptPayload
 from rbm.corpus.split import Split, open_rows, split_corpus
 from rbm.errors import UserError
-from rbm.model import ClipBatch, Counts, PairBatch, RewardModel, Targets
+from rbm.model import ClipBatch, Counts, FramePool, PairBatch, RewardModel, Targets
 from rbm.model.backbones.base import Preprocessor
 from rbm.sampling import Balance, ClipOptions, ClipTargets, Pair, Plan, Planner
 from rbm.sampling import Sampler as PairSampler
@@ -205,24 +204,19 @@ class PairDataset(Dataset[Loaded | Refused]):
         wanted: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
         for clip, _ in clips:
             wanted[clip.row].append(clip.frames)
-        stored: list[Tensor] = []
+        pool = FramePool()
         place: dict[int, tuple[int, NDArray[np.int64]]] = {}
-        total = 0
         for row, shown in wanted.items():
             distinct = np.unique(np.concatenate(shown))
             frames = self.preprocess(self.corpus.frames(row, distinct, min_side=self.min_side))
             if self.augment is not None:  # at the model's size, where it costs least
                 frames = torch.from_numpy(self.augment(frames.numpy(), (self.sampler.seed, step, row)))
-            stored.append(frames)
-            place[row] = (total, distinct)
-            total += len(distinct)
+            place[row] = (pool.add(row, frames), distinct)
         ids = [place[clip.row][0] + np.searchsorted(place[clip.row][1], clip.frames) for clip, _ in clips]
-        sizes = {tuple(frames.shape[1:]) for frames in stored}
-        if len(sizes) > 1:
-            raise UserError(f"the model's frames must have one size in a batch, got {sorted(sizes)}")
+        groups, renumber = pool.groups()
         return ClipBatch(
-            frames=torch.cat(stored),
-            frame_ids=torch.from_numpy(np.concatenate(ids)),
+            frames=groups,
+            frame_ids=renumber(torch.from_numpy(np.concatenate(ids)))[:, None],
             lengths=torch.tensor([len(clip.frames) for clip, _ in clips]),
             tasks=tuple(task for _, task in clips),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -55,12 +55,33 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able: `BACKBONES[name](**config)` is the same architecture."""
+        """The constructor's arguments, JSON-able: `from_config(config(), files())` is the same architecture."""
+
+    def files(self) -> dict[str, str]:
+        """Text files that belong beside the weights (a tokenizer): name -> content."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], files: Mapping[str, str]) -> Backbone:
+        """The architecture that `config()` and `files()` describe, with random weights."""
+        return cls(**config)
 
     @property
     @abstractmethod
     def preprocessor(self) -> Preprocessor:
         """How frames are brought to the model's size: one way, in training and in scoring."""
+
+    @property
+    @abstractmethod
+    def tower(self) -> nn.Module:
+        """The part that `encode` runs."""
+
+    @abstractmethod
+    def encode(self, frames: Tensor) -> Tensor:
+        """Features of preprocessed frames, each by itself: uint8 (U, h, w, 3) -> float (U, levels, rows, columns, d).
+
+        They may stand for the frames in `ClipBatch.frames`: a frozen tower's are computed once and kept.
+        """
 
     @abstractmethod
     def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
@@ -69,3 +90,19 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: a pair mode whose pairs do not use every clip exactly once.
         """
+
+    def encoded(self, batch: ClipBatch) -> list[Tensor]:
+        """Features of each group of the batch's frames; those that are features already stay."""
+        return [group if group.is_floating_point() else self.encode(group) for group in batch.frames]
+
+
+def check_pairs(mode: PairMode, pairs: Tensor | None, clips: int) -> list[tuple[int, int]]:
+    """The pairs of a mode in which clips share a sequence.
+
+    Raises:
+        ValueError: a clip is in no pair or in two.
+    """
+    used = [] if pairs is None else pairs.flatten().tolist()
+    if sorted(used) != list(range(clips)):
+        raise ValueError(f"pair mode {mode.value!r} needs every clip in exactly one pair")
+    return list(zip(used[::2], used[1::2], strict=True))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rbm.model.backbones.base import Backbone, PairMode, States
+from rbm.model.backbones.base import Backbone, PairMode, States, check_pairs
 from rbm.model.batch import ClipBatch
 from rbm.model.layout import N_MARKERS, Kind, Row, causal_row, clip_row, joint_row, visible
 
@@ -111,6 +111,7 @@ class NanoBackbone(Backbone):
         words: rows of the hashed word table.
         max_words: longer instructions are cut here.
         dropout: in the transformer, while training.
+        views: how many views a step may show; each has a learned vector, and a step is the mean of those there.
     """
 
     name = "nano"
@@ -125,27 +126,38 @@ class NanoBackbone(Backbone):
         words: int = 4096,
         max_words: int = 64,
         dropout: float = 0.0,
+        views: int = 1,
     ) -> None:
         super().__init__()
         if hidden % (2 * heads):
             raise ValueError(f"hidden ({hidden}) must be a multiple of twice the heads ({heads})")
         self.image_size, self.width, self.hidden = image_size, width, hidden
         self.layers, self.heads, self.words, self.max_words, self.dropout = layers, heads, words, max_words, dropout
+        self.views = views
         self.frame_encoder = FrameEncoder(hidden, width, image_size)
         self.word_embedding = nn.Embedding(words, hidden)
         self.marker_embedding = nn.Embedding(N_MARKERS, hidden)
         nn.init.normal_(self.word_embedding.weight, std=0.5)
         nn.init.normal_(self.marker_embedding.weight, std=0.5)
+        if views > 1:
+            self.view_embedding = nn.Embedding(views, hidden)
         self.blocks = nn.ModuleList(Block(hidden, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
 
     def config(self) -> dict[str, Any]:
-        names = ("image_size", "width", "hidden", "layers", "heads", "words", "max_words", "dropout")
+        names = ("image_size", "width", "hidden", "layers", "heads", "words", "max_words", "dropout", "views")
         return {name: getattr(self, name) for name in names}
 
     @property
     def preprocessor(self) -> SquareResize:
         return SquareResize(self.image_size)
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.frame_encoder
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.frame_encoder(frames)[:, None, None, None]
 
     def words_of(self, task: str) -> NDArray[np.int64]:
         """Token ids of an instruction: lower-cased words and signs, hashed (CRC-32) into the table."""
@@ -154,8 +166,8 @@ class NanoBackbone(Backbone):
 
     def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
         rows = self._rows(batch, mode, pairs)
-        kind, source, position, mask = _padded(rows, batch.frames.device)
-        tokens = self.frame_encoder(batch.frames)[batch.frame_ids]
+        kind, source, position, mask = _padded(rows, batch.frame_ids.device)
+        tokens = self._steps(batch)
 
         x = self.marker_embedding((kind - Kind.SPLIT).clamp(min=0))
         text, shown = kind == Kind.TEXT, kind == Kind.FRAME
@@ -169,6 +181,15 @@ class NanoBackbone(Backbone):
         frames = frames.index_copy(0, source[shown], x[shown])
         return States(frames, None if mode is PairMode.CLIPS else x[kind == Kind.PREFERENCE])
 
+    def _steps(self, batch: ClipBatch) -> Tensor:
+        """One token a step: float (F, d)."""
+        tokens = torch.cat([features.flatten(1) for features in self.encoded(batch)])
+        if self.views == 1:
+            return tokens[batch.frame_ids[:, 0]]
+        there = (batch.frame_ids >= 0)[..., None]
+        seen = tokens[batch.frame_ids.clamp(min=0)] + self.view_embedding.weight[: batch.frame_ids.shape[1]]
+        return (seen * there).sum(1) / there.sum(1)
+
     def _rows(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None) -> list[Row]:
         lengths = batch.lengths.tolist()
         ends = np.cumsum(lengths)
@@ -176,12 +197,10 @@ class NanoBackbone(Backbone):
         text = [self.words_of(task) for task in batch.tasks]
         if mode in (PairMode.CLIPS, PairMode.READOUT):
             return [clip_row(words, shown, mode is PairMode.READOUT) for words, shown in zip(text, steps, strict=True)]
-        used = [] if pairs is None else pairs.flatten().tolist()
-        if sorted(used) != list(range(len(lengths))):
-            raise ValueError(f"pair mode {mode.value!r} needs every clip in exactly one pair")
+        used = check_pairs(mode, pairs, len(lengths))
         make = joint_row if mode is PairMode.JOINT else causal_row
         # the instruction of a pair is its first clip's, as in the published layout
-        return [make(text[a], steps[a], steps[b]) for a, b in zip(used[::2], used[1::2], strict=True)]
+        return [make(text[a], steps[a], steps[b]) for a, b in used]
 
 
 def _padded(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

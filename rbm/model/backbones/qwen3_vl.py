@@ -1,0 +1,65 @@
+"""`qwen3_vl`: Qwen3-VL through transformers (arXiv 2511.21631), frames as pictures; reads published reward models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rbm.model.backbones.vlm import VisionLanguageBackbone
+from rbm.model.packing import PACKED, Pack
+from rbm.model.pixels import normalised, patches
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class Qwen3VLBackbone(VisionLanguageBackbone):
+    """Qwen3-VL of any size; arguments as in `VisionLanguageBackbone`."""
+
+    name = "qwen3_vl"
+
+    def _build(self, architecture: dict[str, Any]) -> Any:
+        from transformers import Qwen3VLConfig, Qwen3VLModel
+
+        architecture.pop("model_type", None)
+        config = Qwen3VLConfig(**architecture)
+        model = Qwen3VLModel._from_config(config, attn_implementation=PACKED)
+        vision = model.config.vision_config
+        self.unit = vision.patch_size * vision.spatial_merge_size
+        return model
+
+    @property
+    def language(self) -> Any:
+        return self.model.language_model
+
+    @property
+    def tower(self) -> Any:
+        return self.model.visual
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        vision = self.model.config.vision_config
+        U, h, w = frames.shape[:3]
+        pixels = normalised(frames, self.tower.pos_embed.weight.dtype, HALF, HALF)
+        cut = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        grid = torch.tensor([[1, h // vision.patch_size, w // vision.patch_size]], device=frames.device).expand(U, 3)
+        # one run of attention over pictures of one size, not one a picture
+        whole = torch.tensor([0, len(cut)], dtype=torch.int32, device=frames.device)
+        found = self.tower(cut, grid_thw=grid, cu_seqlens=whole, pictures=U)
+        levels = torch.stack([found.pooler_output, *found.deepstack_features], 1)  # (U rows columns, levels, d)
+        rows, columns = h // self.unit, w // self.unit
+        return levels.unflatten(0, (U, rows, columns)).permute(0, 3, 1, 2, 4)
+
+    def _read(self, x: Tensor, pack: Pack, features: Tensor) -> Tensor:
+        there = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
+        there[0, pack.picture] = True
+        found = self.language(
+            inputs_embeds=x[None],
+            position_ids=pack.position[:, None],
+            use_cache=False,
+            streams=pack.streams,
+            visual_pos_masks=there,
+            deepstack_visual_embeds=list(features[:, 1:].unbind(1)) or None,
+        )
+        hidden: Tensor = found.last_hidden_state[0]
+        return hidden

@@ -1,0 +1,339 @@
+"""What vision-language models of transformers share as backbones.
+
+1. Frames that a batch shows are encoded once each, in groups of one size; or their features are given.
+2. Words and pictures of all clips lie end to end in one pack (`rbm.model.packing`), without padding.
+3. A hidden state is read at a token behind each step, or pooled over the step's pictures (older checkpoints), and at
+   a token behind each clip or pair.
+
+The five marker tokens have a small table of their own (`markers`), so that they can be trained while the large one is
+frozen; the rows that the large table has for them are not read, and get the same numbers when a model is exported.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rbm.errors import UserError
+from rbm.model import packing
+from rbm.model.backbones.base import Backbone, PairMode, Preprocessor, States, check_pairs
+from rbm.model.batch import ClipBatch
+from rbm.model.packing import Pack, Packer, Picture, Place
+from rbm.model.pixels import AsIs, PillowResize, fitting_size, tensor_resize
+from rbm.model.prompt import ISOLATED, MARKERS, Prompt
+from rbm.model.tokens import TOKENIZER, Words
+
+POOLINGS = ("token", "mean", "last", "attention")
+
+ENCODE_TOKENS = 65536
+"""Visual tokens that the tower gets at once while nothing is trained in it."""
+
+
+class VisionLanguageBackbone(Backbone):
+    """A vision-language model.
+
+    Args:
+        architecture: transformers' configuration of it, as a dict (what its config.json holds).
+        tokenizer: content of its tokenizer.json.
+        prompt: the words around the frames.
+        pooling: where a frame is read: `token` (the one behind the step), or over the tokens of its pictures: `mean`,
+            `last`, `attention` (softmax of a learned score by `pool_temperature`).
+        resize: `pillow` (in the loader, published weights' own) or `device` (bicubic on tensors; see `tensor_resize`).
+        views: names of views, where steps show several.
+        view_tags: how views are told apart: `text` (the prompt's `{view}`) or `embedding` (a learned vector).
+
+    Raises:
+        ValueError: an option that does not exist. UserError: a tokenizer that does not fit.
+    """
+
+    default_prompt: ClassVar[Prompt] = ISOLATED
+    grid_positions: ClassVar[bool] = True
+    unit: int
+    """Pixels of a visual token's side."""
+
+    def __init__(
+        self,
+        architecture: Mapping[str, Any],
+        tokenizer: str,
+        prompt: Prompt | Mapping[str, Any] | None = None,
+        pooling: str = "token",
+        pool_temperature: float = 1.0,
+        resize: str = "pillow",
+        views: Sequence[str] = (),
+        view_tags: str = "text",
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("pooling", pooling, POOLINGS),
+            ("resize", resize, ("pillow", "device")),
+            ("view_tags", view_tags, ("text", "embedding")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        packing.register()
+        self.prompt = Prompt.of(prompt if prompt is not None else self.default_prompt)
+        if (pooling == "token") != bool(self.prompt.frame):
+            raise ValueError("pooling='token' needs a prompt with a token after each step, the others one without")
+        self.words = Words(tokenizer, [self.prompt.pad])
+        self.pooling, self.pool_temperature, self.resize = pooling, pool_temperature, resize
+        self.views, self.view_tags = tuple(views), view_tags
+        self.model: Any = self._build(dict(architecture))
+        self.hidden = int(self.language.config.hidden_size)
+        self.markers = nn.Embedding(len(MARKERS), self.hidden)
+        self.start_markers()
+        self.frame_pool_attn = nn.Linear(self.hidden, 1, bias=False)
+        if pooling != "attention":
+            self.frame_pool_attn.requires_grad_(False)
+        if view_tags == "embedding":
+            self.view_embedding = nn.Embedding(max(1, len(views)), self.hidden)
+            nn.init.zeros_(self.view_embedding.weight)
+
+    # what a family of models says of itself
+
+    @abstractmethod
+    def _build(self, architecture: dict[str, Any]) -> Any:
+        """The model of transformers with random weights; its language part attends by `PACKED`."""
+
+    @property
+    @abstractmethod
+    def language(self) -> Any:
+        """The language model."""
+
+    @abstractmethod
+    def _encode(self, frames: Tensor) -> Tensor:
+        """uint8 (U, h, w, 3) of fitting size -> (U, levels, rows, columns, d)."""
+
+    def _read(self, x: Tensor, pack: Pack, features: Tensor) -> Tensor:
+        """Hidden states of a pack: x (L, d) -> (L, d); features (M, levels, d) of its pictures."""
+        found = self.language(
+            inputs_embeds=x[None], position_ids=pack.position[:, None], use_cache=False, streams=pack.streams
+        )
+        hidden: Tensor = found.last_hidden_state[0]
+        return hidden
+
+    def grid(self, group: Tensor) -> tuple[int, int]:
+        """Rows and columns of the visual tokens of one frame of a group."""
+        if group.is_floating_point():
+            return group.shape[2], group.shape[3]
+        resize = self._resize
+        height, width = fitting_size(group.shape[1], group.shape[2], resize.unit, resize.least, resize.most)
+        return height // self.unit, width // self.unit
+
+    # the rest is shared
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "prompt": vars(self.prompt) | {},
+            "pooling": self.pooling,
+            "pool_temperature": self.pool_temperature,
+            "resize": self.resize,
+            "views": list(self.views),
+            "view_tags": self.view_tags,
+        }
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """transformers' configuration, JSON-able, with the vocabulary of the embedding table as it is."""
+        return plain_architecture(self.model.config)
+
+    def files(self) -> dict[str, str]:
+        return {TOKENIZER: self.words.to_str()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], files: Mapping[str, str]) -> Backbone:
+        if TOKENIZER not in files:
+            raise UserError(f"{TOKENIZER} is missing beside the weights")
+        return cls(tokenizer=files[TOKENIZER], **config)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        found: nn.Embedding = self.language.get_input_embeddings()
+        return found
+
+    def start_markers(self) -> None:
+        """Give the markers the mean of the other tokens: where a model of words alone begins to be trained."""
+        with torch.no_grad():
+            table = self.embedding.weight
+            spread = table.float().std() * torch.randn(len(MARKERS), self.hidden, device=table.device)
+            self.markers.weight.copy_(table.float().mean(0) + spread)
+
+    @property
+    def _resize(self) -> PillowResize:
+        return PillowResize(self.unit)
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        return self._resize if self.resize == "pillow" else AsIs()
+
+    def encode(self, frames: Tensor) -> Tensor:
+        resize = self._resize
+        if self.resize == "device":
+            frames = tensor_resize(frames, resize.unit, resize.least, resize.most)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.tower.parameters()):
+            return self._encode(frames)
+        with torch.no_grad():
+            tokens = (frames.shape[1] // self.unit) * (frames.shape[2] // self.unit)
+            return torch.cat([self._encode(part) for part in frames.split(max(1, ENCODE_TOKENS // tokens))])
+
+    def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
+        device = self.markers.weight.device
+        pack = self.pack(batch, mode, pairs).to(device)
+        features = torch.cat([group.flatten(2, 3).transpose(1, 2).flatten(0, 1) for group in self.encoded(batch)])
+        seen = features.index_select(0, pack.content)  # (M, levels, d)
+        x = self._embed(pack)
+        seen = seen.to(x.dtype)
+        if self.view_tags == "embedding":
+            seen = seen + self.view_embedding(pack.view).to(x.dtype)[:, None]
+        x = x.index_copy(0, pack.picture, seen[:, 0])
+        hidden = self._read(x, pack, seen)
+        if self.pooling == "token":
+            frames = hidden.index_select(0, pack.frames)
+        else:
+            frames = self._pooled(hidden.index_select(0, pack.picture), pack.owner, len(batch.frame_ids))
+        readouts = None if mode is PairMode.CLIPS else hidden.index_select(0, pack.readouts)
+        return States(frames, readouts)
+
+    def _embed(self, pack: Pack) -> Tensor:
+        ids = pack.ids.clamp(max=self.embedding.num_embeddings - 1)
+        x: Tensor = self.embedding(ids)
+        for row, marker in enumerate(self.words.markers):
+            x = torch.where((pack.ids == marker)[:, None], self.markers.weight[row].to(x.dtype), x)
+        return x
+
+    def _pooled(self, hidden: Tensor, owner: Tensor, steps: int) -> Tensor:
+        """Hidden states of pictures (M, d), step `owner` (M,) of each -> (steps, d)."""
+        if self.pooling == "last":
+            last = torch.zeros(steps, dtype=torch.int64, device=owner.device)
+            last = last.scatter_reduce(0, owner, torch.arange(len(owner), device=owner.device), "amax")
+            return hidden.index_select(0, last)
+        if self.pooling == "mean":
+            weight = torch.ones(len(owner), device=hidden.device)
+        else:
+            score = self.frame_pool_attn(hidden).squeeze(-1).float() / self.pool_temperature
+            top = torch.full((steps,), -torch.inf, device=hidden.device).scatter_reduce(
+                0, owner, score.detach(), "amax"
+            )
+            weight = (score - top[owner]).exp()
+        total = torch.zeros(steps, device=hidden.device).index_add(0, owner, weight)
+        weight = (weight / total[owner]).to(hidden.dtype)
+        return torch.zeros(steps, hidden.shape[1], dtype=hidden.dtype, device=hidden.device).index_add(
+            0, owner, hidden * weight[:, None]
+        )
+
+    def pack(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> Pack:
+        """The batch as one sequence, on the CPU.
+
+        Raises:
+            UserError: an instruction with a special token in it, or a sequence longer than the model reads.
+        """
+        prompt, words = self.prompt, self.words
+        for task in set(batch.tasks):
+            words.check(task)
+        writer = _Writer(self, batch)
+        used = check_pairs(mode, pairs, len(batch.tasks)) if mode in (PairMode.JOINT, PairMode.CAUSAL) else []
+        if mode in (PairMode.CLIPS, PairMode.READOUT):
+            tail = prompt.closing + prompt.readout if mode is PairMode.READOUT else ""
+            roots: dict[str, tuple[int, ...]] = {}
+            for clip, task in enumerate(batch.tasks):
+                question, steps = prompt.question(task), writer.steps(clip)
+                if prompt.shared:
+                    if task not in roots:
+                        roots[task] = (writer.branch(question),)
+                    writer.branch(steps + tail + prompt.end, [clip], roots[task])
+                else:
+                    writer.branch(question + steps + tail + prompt.end, [clip])
+        for a, b in used:
+            task = batch.tasks[a]  # the instruction of a pair is its first clip's, as in the published layout
+            if mode is PairMode.JOINT:
+                root = writer.branch(prompt.question(task))
+                first = writer.branch(writer.steps(a) + prompt.first_end, [a], (root,))
+                second = writer.branch(writer.steps(b) + prompt.second_end, [b], (root,))
+                writer.branch(prompt.closing + prompt.readout + prompt.end, [], (root, first, second))
+            else:
+                text = prompt.question(task, pair=True) + prompt.first + writer.steps(a) + prompt.split
+                text += prompt.second + writer.steps(b, 1 + writer.pictures(a)) + prompt.closing + prompt.readout
+                writer.branch(text + prompt.end, [a, b])
+        longest, most = max(writer.packer.next_position), self.language.config.max_position_embeddings
+        if longest > most:
+            raise UserError(
+                f"a clip with its instruction takes {longest} places and the model reads {most}: shorten the "
+                "instruction, or show fewer or smaller frames"
+            )
+        return writer.packer.pack()
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Trade time for memory: hidden states of a block are computed again on the way back."""
+        if on:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+
+class _Writer:
+    """Text of clips into a packer."""
+
+    def __init__(self, backbone: VisionLanguageBackbone, batch: ClipBatch) -> None:
+        self.backbone = backbone
+        prompt, words = backbone.prompt, backbone.words
+        frame = words.id_of(prompt.frame) if prompt.frame else None
+        pad, readout = words.id_of(prompt.pad), words.id_of(prompt.readout)
+        self.packer = Packer(pad, frame, readout, backbone.grid_positions)
+        self.ids = batch.frame_ids.tolist()
+        ends = torch.cumsum(batch.lengths, 0).tolist()
+        self.spans = [range(end - length, end) for end, length in zip(ends, batch.lengths.tolist(), strict=True)]
+        self.places: list[Place] = []
+        start = 0
+        for group in batch.frames:
+            rows, columns = backbone.grid(group)
+            self.places += [Place(rows, columns, start + i * rows * columns) for i in range(len(group))]
+            start += len(group) * rows * columns
+
+    def shown(self, clip: int) -> Iterator[tuple[int, list[int]]]:
+        """The clip's steps, each with the views that it shows."""
+        for step in self.spans[clip]:
+            yield step, [view for view, frame in enumerate(self.ids[step]) if frame >= 0]
+
+    def pictures(self, clip: int) -> int:
+        return sum(len(views) for _, views in self.shown(clip))
+
+    def steps(self, clip: int, start: int = 1) -> str:
+        names = self.backbone.views
+        views = tuple(
+            tuple(names[view] if view < len(names) else "" for view in views) for _, views in self.shown(clip)
+        )
+        return self.backbone.prompt.steps(len(views), views, start)
+
+    def branch(self, text: str, clips: Sequence[int] = (), before: tuple[int, ...] = ()) -> int:
+        pictures = [
+            Picture(self.places[self.ids[step][view]], view, step)
+            for clip in clips
+            for step, views in self.shown(clip)
+            for view in views
+        ]
+        steps = [step for clip in clips for step in self.spans[clip]]
+        return self.packer.add(self.backbone.words.encode(text), pictures, steps, before)
+
+
+def plain_architecture(config: Any) -> dict[str, Any]:
+    """transformers' configuration as JSON-able values, less what says nothing about the architecture."""
+    found: dict[str, Any] = config.to_dict()
+    for key in ("transformers_version", "architectures", "_name_or_path", "torch_dtype", "dtype"):
+        found.pop(key, None)
+        for part in ("text_config", "vision_config"):
+            found.get(part, {}).pop(key, None)
+    return found
+
+
+@contextmanager
+def without_random_weights() -> Iterator[None]:
+    """Models made in here have memory but no numbers: they will be read from a file."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield

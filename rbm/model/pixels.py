@@ -1,0 +1,91 @@
+"""From frames of any size to what a vision tower reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+def fitting_size(height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
+    """Height and width as the nearest multiples of `unit` (an exact half goes to the even multiple).
+
+    A picture of fewer than `least` or more than `most` cells of unit × unit pixels is scaled into these bounds first,
+    its shape kept. Source: the published preprocessing of Qwen-VL models.
+    """
+    rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
+    if rows * columns > most:
+        scale = math.sqrt(most / (height * width))  # tokens a pixel, of a side
+        rows, columns = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    elif rows * columns < least:
+        scale = math.sqrt(least / (height * width))
+        rows, columns = math.ceil(height * scale), math.ceil(width * scale)
+    return rows * unit, columns * unit
+
+
+@dataclass(frozen=True)
+class PillowResize:
+    """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3): one bicubic resize of Pillow's to multiples of `unit` pixels.
+
+    Attributes:
+        unit: pixels of a visual token's side.
+        least, most: visual tokens of a frame.
+    """
+
+    unit: int = 32
+    least: int = 4
+    most: int = 16384
+
+    def __call__(self, frames: NDArray[np.uint8]) -> Tensor:
+        size = fitting_size(frames.shape[1], frames.shape[2], self.unit, self.least, self.most)
+        if frames.shape[1:3] != size:
+            height, width = size
+            resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+            frames = np.stack([np.asarray(image) for image in resized])
+        return torch.from_numpy(np.ascontiguousarray(frames))
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """Leaves frames as they are: the model resizes them on its device (`tensor_resize`)."""
+
+    def __call__(self, frames: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(frames))
+
+
+def tensor_resize(frames: Tensor, unit: int, least: int, most: int) -> Tensor:
+    """uint8 (U, H, W, 3) -> uint8 (U, h, w, 3) on its device: antialiased bicubic, rounded.
+
+    Not Pillow's result: pixels differ by 1 in places, and scores of published weights by about 5e-4.
+    """
+    size = fitting_size(frames.shape[1], frames.shape[2], unit, least, most)
+    if tuple(frames.shape[1:3]) == size:
+        return frames
+    pixels = frames.permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def normalised(frames: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (U, h, w, 3) -> (U, 3, h, w): (x / 255 - mean) / std."""
+    offset = torch.tensor(mean, device=frames.device) * 255
+    scale = 1 / (torch.tensor(std, device=frames.device) * 255)
+    return ((frames.float() - offset) * scale).permute(0, 3, 1, 2).to(dtype)
+
+
+def patches(pixels: Tensor, patch: int, merge: int, temporal: int) -> Tensor:
+    """Still pictures cut into patches, those of one merged cell side by side: (U, 3, h, w) -> (U h w / p², 3 t p²).
+
+    A still picture is its frame `temporal` times. Equal to the published processor's output to the last bit.
+    """
+    U, C, h, w = pixels.shape
+    x = pixels.reshape(U, C, h // patch // merge, merge, patch, w // patch // merge, merge, patch)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # U, row, column, merge row, merge column, C, p, p
+    x = x.reshape(-1, C, 1, patch, patch).expand(-1, C, temporal, patch, patch)
+    return x.reshape(len(x), -1)
