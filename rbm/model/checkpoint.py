@@ -15,7 +15,7 @@ import torch
 
 from rbm.errors import UserError
 from rbm.model.reward_model import RewardModel
-from rbm.model.weights import WEIGHTS, fill, read_folder, write_folder
+from rbm.model.weights import WEIGHTS, fill, read_folder, read_json, write_folder
 
 FORMAT = "rbm-reward-model"
 VERSION = 1
@@ -43,6 +43,32 @@ def load(place: str | os.PathLike[str], dtype: str | torch.dtype | None = None) 
 
 def _load(place: str | os.PathLike[str]) -> RewardModel:
     source = Path(place)
+    if not source.exists():
+        from rbm.model.hub import fetch, is_hub_id
+
+        if not is_hub_id(os.fspath(place)):
+            raise UserError(f"checkpoint {place} is neither a file or folder nor an id on the hub such as org/name")
+        source = fetch(os.fspath(place))
+    if source.is_file():
+        from rbm.model.lightning_file import load_lightning
+
+        return load_lightning(source)
+    if (source / ".metadata").exists():
+        from rbm.model.lightning_file import load_sharded
+
+        return load_sharded(source)
+    if not (source / CONFIG).exists() and (source / "model" / CONFIG).exists():
+        source = source / "model"  # the folder of a run
+    config = read_json(source / CONFIG)
+    if config.get("format") != FORMAT:
+        from rbm.model.published import is_published, load_published
+
+        if is_published(config):
+            return load_published(source, config)
+    elif "adapter" in config:
+        from rbm.model.adapter import load_adapter
+
+        return load_adapter(source)
     return load_own(source)
 
 
@@ -53,6 +79,14 @@ def load_own(source: Path) -> RewardModel:
     model = empty(description["model"], files)
     fill(model, read_folder(source), str(source / WEIGHTS))
     return model
+
+
+def describe_facts(place: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts that a folder of ours carries; none of anything else."""
+    for path in (Path(place, CONFIG), Path(place, "model", CONFIG)):
+        if path.is_file() and (found := read_json(path)).get("format") == FORMAT:
+            return dict(found.get("facts") or {})
+    return {}
 
 
 def empty(config: dict[str, Any], files: dict[str, str]) -> RewardModel:
@@ -77,14 +111,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`config.json` of a checkpoint, checked: keys format, version, model, facts.
 
     Raises:
-        UserError: no such folder, no or broken config.json, another format, or a newer version.
+        UserError: no or broken config.json, another format, or a newer version.
     """
     source = Path(folder)
-    if not source.is_dir():
-        hint = "a Lightning file resumes training; score with the folder beside it" if source.is_file() else ""
-        raise UserError(
-            f"checkpoint {source} is not a folder with {CONFIG} and {WEIGHTS}" + (f": {hint}" if hint else "")
-        )
     description = read_json(source / CONFIG)
     if description.get("format") != FORMAT:
         raise UserError(f"{source / CONFIG} does not describe a reward model (format {FORMAT!r})")
@@ -96,16 +125,3 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(description.get("model"), dict):
         raise UserError(f"{source / CONFIG}: the entry 'model' is missing")
     return description
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError for a file that is missing or no JSON object."""
-    if not path.is_file():
-        raise UserError(f"{path.parent}: {path.name} is missing, this is not a reward model's folder")
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not describe a reward model: it holds no JSON object")
-    return found

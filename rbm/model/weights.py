@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
@@ -132,3 +133,16 @@ def fill(model: nn.Module, state: State, what: str) -> None:
 def listed(names: list[str]) -> str:
     """At most twenty of them."""
     return f"[{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}]"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is missing or no JSON object."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: {path.name} is missing, this is not a reward model's folder")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not describe a reward model: it holds no JSON object")
+    return found
