@@ -41,7 +41,7 @@ class Words:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}: it belongs to another model")
         self.added = [token for token in MARKERS if self.tokenizer.token_to_id(token) is None]
         if self.added:
-            log.info("the tokenizer gets %d tokens more: %s", len(self.added), " ".join(self.added))
+            log.warning("tokenizer and embedding get %d tokens more: %s", len(self.added), " ".join(self.added))
             self.tokenizer.add_special_tokens(
                 [AddedToken(token, special=True, normalized=False) for token in self.added]
             )
