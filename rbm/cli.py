@@ -25,12 +25,19 @@ COMMANDS = {
         "Look at a corpus, check and repair it, select from it, merge, compact, export.",
     ),
     "train": ("rbm.training.cli", "train", "Train a reward model."),
+    "cache-features": (
+        "rbm.training.features_cli",
+        "cache_features",
+        "Run a frozen vision tower over a corpus once, so that training need not.",
+    ),
     "eval": ("rbm.evaluation.cli", "evaluate", "Evaluate a reward model and write a report."),
     "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),
     "score": ("rbm.scoring.cli", "score", "Progress and success of a video, frame by frame."),
     "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
     "bench": ("rbm.bench.cli", "bench", "Measure this machine: storing, opening, drawing, reading."),
+    "export": ("rbm.model.export_cli", "export", "Write a model in another layout: ours, or the published ones."),
     "rank": ("rbm.scoring.cli", "rank", "Order several attempts, best first."),
+    "push": ("rbm.model.hub_cli", "push", "Send a model to the Hugging Face hub."),
 }
 
 

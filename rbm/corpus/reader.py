@@ -162,6 +162,10 @@ class Corpus:
         row = self._number(row)
         return self._head(row).trajectory.progress if self.columns.dense[row] else None
 
+    def timestamps(self, row: int) -> NDArray[np.float32]:
+        """Seconds of the stored frames, float32 (T,); reads the header only."""
+        return self._head(self._number(row)).trajectory.timestamp
+
     def select(
         self,
         source: str | Iterable[str] | None = None,

@@ -76,7 +76,7 @@ class ClipBatch(_Tensors):
         """One batch of clips (frames as in `ClipBatch.frames`, instruction); a tensor given twice is stored once.
 
         Raises:
-            ValueError: there are no clips, or the views of one differ in length.
+            ValueError: there are no clips, one has no view, or its views differ in length.
         """
         if not clips:
             raise ValueError("a batch needs at least one clip")
@@ -85,7 +85,9 @@ class ClipBatch(_Tensors):
         ids = []
         for clip in views:
             lengths = {len(frames) for frames in clip if frames is not None}
-            if len(lengths) != 1:
+            if not lengths:
+                raise ValueError("a clip needs at least one view")
+            if len(lengths) > 1:
                 raise ValueError(f"the views of a clip must have the same number of frames, got {sorted(lengths)}")
             column = torch.full((lengths.pop(), max(map(len, views))), -1)
             for view, frames in enumerate(clip):
@@ -136,12 +138,14 @@ class RewardOutput(_Tensors):
         success_logits: float (F,), before calibration.
         utility: float (N,), the read-out g of each clip; none where preference is `joint`.
         preference_logits: float (P,), positive where the first of the pair is better; none without pairs.
+        remaining_logits: float (F, R), of the seconds until the task is done; none where the model has no such head.
     """
 
     progress_logits: Tensor
     success_logits: Tensor
     utility: Tensor | None
     preference_logits: Tensor | None
+    remaining_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Targets(_Tensors):
         progress_mask, success_mask: bool (F,).
         preference: float32 (P,), 1 where the first clip of the pair is better.
         preference_mask: bool (P,).
+        remaining: float32 (F,), seconds; remaining_mask: bool (F,). None for models that do not say it.
     """
 
     progress: Tensor
@@ -161,6 +166,8 @@ class Targets(_Tensors):
     success_mask: Tensor
     preference: Tensor
     preference_mask: Tensor
+    remaining: Tensor | None = None
+    remaining_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,7 @@ class Counts:
     success_positive: int
     success_negative: int
     preference: int
+    remaining: int = 0
 
     @classmethod
     def of(cls, targets: Targets) -> Counts:
@@ -184,6 +192,7 @@ class Counts:
             success_positive=int(positive.sum()),
             success_negative=int(targets.success_mask.sum()) - int(positive.sum()),
             preference=int(targets.preference_mask.sum()),
+            remaining=0 if targets.remaining_mask is None else int(targets.remaining_mask.sum()),
         )
 
     def __add__(self, other: Counts) -> Counts:

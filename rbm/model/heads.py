@@ -3,14 +3,25 @@
 Head: Linear(d, d/2) -> LayerNorm -> GELU -> Dropout -> Linear(d/2, out), the published shape
 (indices 0, 1, 4 carry weights). Progress is a distribution over K bins with centres
 linspace(0, 1, K): its mean is the progress, its standard deviation says how sure the model is.
+
+The time that remains (arXiv 2608.09853 predicts it beside progress) is a distribution over R bins that are even in
+symlog(s) = log(1 + s): seconds matter near the end, minutes far from it.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 PROGRESS_BINS = 10
+
+REMAINING_BINS = 32
+"""R. The centres are 0 s, 0.23 s, 0.51 s, ..., 488 s, 600 s: neighbours' 1 + s are in the ratio 601^(1/31) = 1.23."""
+
+REMAINING_SECONDS = 600.0
+"""The last centre; what takes longer counts as that long."""
 
 
 class Head(nn.Sequential):
@@ -59,3 +70,25 @@ def two_hot(target: Tensor, bins: int) -> Tensor:
     out.scatter_(-1, index[..., None], (1 - weight)[..., None])
     out.scatter_add_(-1, index[..., None] + 1, weight[..., None])
     return out
+
+
+def symlog_share(seconds: Tensor) -> Tensor:
+    """Where a time stands among the bins: log(1 + s) / log(601), cut off at 0 and 1: float32 (...)."""
+    return seconds.float().clamp(0, REMAINING_SECONDS).log1p() / math.log1p(REMAINING_SECONDS)
+
+
+def remaining_centres(like: Tensor) -> Tensor:
+    """float32 (R,): seconds at the centres of the bins, on the device of `like`."""
+    return (bin_centres(REMAINING_BINS, like) * math.log1p(REMAINING_SECONDS)).expm1()
+
+
+def remaining_moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Remaining seconds and their spread: logits (..., R) -> two float32 (...).
+
+    The mean is taken of log(1 + s), as the target's two bins have it: exp(sum_k p_k log(1 + s_k)) - 1. The spread is
+    sqrt(sum_k p_k (s_k - mean)^2), in seconds.
+    """
+    probability = logits.float().softmax(-1)
+    mean = (probability @ bin_centres(REMAINING_BINS, logits) * math.log1p(REMAINING_SECONDS)).expm1()
+    off = remaining_centres(logits) - mean[..., None]
+    return mean, (probability * off.square()).sum(-1).sqrt()

@@ -1,4 +1,4 @@
-"""The three losses. Every one is a sum over this micro-batch divided by a count of the optimiser batch.
+"""The losses. Every one is a sum over this micro-batch divided by a count of the optimiser batch.
 
 So the losses (and gradients) of its micro-batches, added up, are exactly those of the whole batch,
 however unevenly supervision falls on them.
@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm.model.batch import Counts, RewardOutput, Targets
-from rbm.model.heads import two_hot
+from rbm.model.heads import symlog_share, two_hot
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the sum. The defaults are those with which two CPU cores learn ten tasks in minutes.
 
-    `value` is the loss of progress in models without bins: l1 or l2.
+    `value` is the loss of progress in models without bins: l1 or l2. `remaining` matters to models that have that head.
     """
 
     progress: float = 1.0
     success: float = 0.5
     preference: float = 0.5
     value: str = "l2"
+    remaining: float = 0.5
 
     def __post_init__(self) -> None:
         if self.value not in ("l1", "l2"):
@@ -35,12 +36,13 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars; `total` is their weighted sum."""
+    """Scalars; `total` is their weighted sum. `remaining` is none for models without that head."""
 
     total: Tensor
     progress: Tensor
     success: Tensor
     preference: Tensor
+    remaining: Tensor | None = None
 
 
 def progress_loss(logits: Tensor, target: Tensor, mask: Tensor, count: int, value_loss: str = "l2") -> Tensor:
@@ -76,11 +78,22 @@ def preference_loss(logits: Tensor, target: Tensor, mask: Tensor, count: int) ->
     return torch.where(mask, entropy, 0.0).sum() / max(count, 1)
 
 
+def remaining_loss(logits: Tensor, seconds: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Cross entropy -(1/count) sum_f mask_f sum_k q_fk log p_fk, q the two-hot of log(1 + s) over R bins.
+
+    Source: RynnValue (arXiv 2608.09853) has a head for the remaining seconds with such bins.
+    """
+    target = two_hot(symlog_share(seconds), logits.shape[-1])
+    each = -(target * logits.float().log_softmax(-1)).sum(-1)
+    return torch.where(mask, each, 0.0).sum() / max(count, 1)
+
+
 def reward_losses(output: RewardOutput, targets: Targets, counts: Counts, weights: LossWeights) -> Losses:
-    """All three losses of a micro-batch and their weighted sum.
+    """The losses of a micro-batch and their weighted sum.
 
     Raises:
-        ValueError: the output has no preference (the model was called without pairs).
+        ValueError: the output has no preference (the model was called without pairs), or the targets lack what a head
+            of the model is trained on.
     """
     if output.preference_logits is None:
         raise ValueError("losses need the preference of pairs: call the model with pairs")
@@ -98,4 +111,9 @@ def reward_losses(output: RewardOutput, targets: Targets, counts: Counts, weight
         output.preference_logits, targets.preference, targets.preference_mask, counts.preference
     )
     total = weights.progress * progress + weights.success * success + weights.preference * preference
-    return Losses(total, progress, success, preference)
+    if output.remaining_logits is None:
+        return Losses(total, progress, success, preference)
+    if targets.remaining is None or targets.remaining_mask is None:
+        raise ValueError("the model says how much time remains, and the targets do not")
+    remaining = remaining_loss(output.remaining_logits, targets.remaining, targets.remaining_mask, counts.remaining)
+    return Losses(total + weights.remaining * remaining, progress, success, preference, remaining)

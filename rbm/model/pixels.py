@@ -19,13 +19,13 @@ def fitting_size(height: int, width: int, unit: int, least: int, most: int) -> t
     A picture of fewer than `least` or more than `most` cells of unit × unit pixels is scaled into these bounds first,
     its shape kept. Source: the published preprocessing of Qwen-VL models.
     """
-    rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
-    if rows * columns > most:
-        scale = math.sqrt(most / (height * width))  # tokens a pixel, of a side
-        rows, columns = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    rows, columns = round(height / unit), round(width / unit)
+    if rows * columns > most:  # these divisions in this order: at exact multiples the rounding of each counts
+        shrink = math.sqrt(height * width / (most * unit * unit))
+        rows, columns = max(1, math.floor(height / shrink / unit)), max(1, math.floor(width / shrink / unit))
     elif rows * columns < least:
-        scale = math.sqrt(least / (height * width))
-        rows, columns = math.ceil(height * scale), math.ceil(width * scale)
+        grow = math.sqrt(least * unit * unit / (height * width))
+        rows, columns = math.ceil(height * grow / unit), math.ceil(width * grow / unit)
     return rows * unit, columns * unit
 
 
@@ -42,13 +42,40 @@ class PillowResize:
     least: int = 4
     most: int = 16384
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """What frames of this size become."""
+        return fitting_size(height, width, self.unit, self.least, self.most)
+
     def __call__(self, frames: NDArray[np.uint8]) -> Tensor:
-        size = fitting_size(frames.shape[1], frames.shape[2], self.unit, self.least, self.most)
-        if frames.shape[1:3] != size:
-            height, width = size
-            resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-            frames = np.stack([np.asarray(image) for image in resized])
-        return torch.from_numpy(np.ascontiguousarray(frames))
+        return _resized(frames, self.size(*frames.shape[1:3]), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class PillowSquare:
+    """uint8 (T, H, W, 3) -> uint8 (T, side, side, 3): one resize of Pillow's, aspect ratio not kept.
+
+    Attributes:
+        side: pixels.
+        filter: a name in Pillow's `Resampling`.
+    """
+
+    side: int
+    filter: str = "BICUBIC"
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """What frames of this size become."""
+        return self.side, self.side
+
+    def __call__(self, frames: NDArray[np.uint8]) -> Tensor:
+        return _resized(frames, self.size(*frames.shape[1:3]), Image.Resampling[self.filter])
+
+
+def _resized(frames: NDArray[np.uint8], size: tuple[int, int], filter: Image.Resampling) -> Tensor:
+    if frames.shape[1:3] != size:
+        height, width = size
+        resized = [Image.fromarray(frame).resize((width, height), filter) for frame in frames]
+        frames = np.stack([np.asarray(image) for image in resized])
+    return torch.from_numpy(np.ascontiguousarray(frames))
 
 
 @dataclass(frozen=True)
@@ -59,12 +86,11 @@ class AsIs:
         return torch.from_numpy(np.ascontiguousarray(frames))
 
 
-def tensor_resize(frames: Tensor, unit: int, least: int, most: int) -> Tensor:
+def tensor_resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (U, H, W, 3) -> uint8 (U, h, w, 3) on its device: antialiased bicubic, rounded.
 
     Not Pillow's result: pixels differ by 1 in places, and scores of published weights by about 5e-4.
     """
-    size = fitting_size(frames.shape[1], frames.shape[2], unit, least, most)
     if tuple(frames.shape[1:3]) == size:
         return frames
     pixels = frames.permute(0, 3, 1, 2).float()

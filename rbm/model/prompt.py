@@ -60,14 +60,18 @@ class Prompt:
     shared: bool = True
 
     @classmethod
-    def of(cls, values: Prompt | Mapping[str, Any]) -> Prompt:
-        """From stored values.
+    def of(cls, values: Prompt | Mapping[str, Any] | str) -> Prompt:
+        """From stored values, or one of the names in `PROMPTS`.
 
         Raises:
-            ValueError: names that a prompt does not have.
+            ValueError: a name that does not exist, or fields that a prompt does not have.
         """
         if isinstance(values, Prompt):
             return values
+        if isinstance(values, str):
+            if values not in PROMPTS:
+                raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, not {values!r}")
+            return PROMPTS[values]
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"a prompt has no {', '.join(sorted(unknown))}")
@@ -118,6 +122,8 @@ ISOLATED = Prompt(
     closing="How good was that?",
 )
 """The words of new models: markers stand behind the frames, so that a clip reads the same alone and in a pair."""
+
+PROMPTS = {"isolated": ISOLATED, "published": PUBLISHED, "published_with_progress": PUBLISHED_WITH_PROGRESS}
 
 
 def check_instruction(task: str, special: frozenset[str]) -> None:

@@ -1,8 +1,8 @@
-"""The reward model: a backbone, three heads, and how pairs are laid out."""
+"""The reward model: a backbone, its heads, and how pairs are laid out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rbm.errors import UserError
 from rbm.model.backbones import BACKBONES, Backbone, PairMode, backbone_class
 from rbm.model.batch import ClipBatch, RewardOutput
-from rbm.model.heads import PROGRESS_BINS, Head, progress_moments
+from rbm.model.heads import PROGRESS_BINS, REMAINING_BINS, Head, progress_moments, remaining_moments
 
 
 class RewardModel(nn.Module):
@@ -30,6 +30,7 @@ class RewardModel(nn.Module):
             (from the start of the clip, as in published layouts). Stored, since scores mean it.
         dropout: in the heads, while training.
         progress_bins: K, of the distribution over progress; 1 for a single value through a sigmoid, without a spread.
+        remaining: also say how many seconds remain until the task is done.
 
     Raises:
         ValueError: a combination of options that has no meaning.
@@ -47,6 +48,7 @@ class RewardModel(nn.Module):
         target: str = "absolute",
         dropout: float = 0.1,
         progress_bins: int = PROGRESS_BINS,
+        remaining: bool = False,
     ) -> None:
         super().__init__()
         if pair not in ("isolated", "causal"):
@@ -63,13 +65,27 @@ class RewardModel(nn.Module):
             raise ValueError(f"progress_bins must be at least 1, not {progress_bins}")
         self.backbone = backbone
         self.context_frames, self.pair, self.preference, self.target = context_frames, pair, preference, target
-        self.dropout, self.progress_bins = dropout, progress_bins
+        self.dropout, self.progress_bins, self.remaining = dropout, progress_bins, remaining
         self.progress_head = Head(backbone.hidden, progress_bins, dropout)
         self.success_head = Head(backbone.hidden, 1, dropout)
         self.preference_head = Head(backbone.hidden, 1, dropout)
+        if remaining:
+            self.remaining_head = Head(backbone.hidden, REMAINING_BINS, dropout)
         # calibrated success = sigmoid(logit / temperature + bias), fitted on validation after training
         self.register_buffer("success_temperature", torch.ones(()))
         self.register_buffer("success_bias", torch.zeros(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RewardModel:
+        """Buffers (calibration, frequencies of the rotary encoding) keep their precision when weights become bf16."""
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, attribute = name.rpartition(".")
+            module = self.get_submodule(owner)
+            now = module.get_buffer(attribute)
+            if now.dtype != buffer.dtype:
+                setattr(module, attribute, buffer.to(now.device))
+        return self
 
     def config(self) -> dict[str, Any]:
         """Everything needed to make the same architecture again, JSON-able."""
@@ -81,6 +97,7 @@ class RewardModel(nn.Module):
             "target": self.target,
             "dropout": self.dropout,
             "progress_bins": self.progress_bins,
+            "remaining": self.remaining,
         }
 
     @classmethod
@@ -125,6 +142,7 @@ class RewardModel(nn.Module):
             success_logits=self.success_head(states.frames).squeeze(-1),
             utility=utility,
             preference_logits=compared,
+            remaining_logits=self.remaining_head(states.frames) if self.remaining else None,
         )
 
     def decode(self, output: RewardOutput) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +150,16 @@ class RewardModel(nn.Module):
         progress, spread = progress_moments(output.progress_logits)
         logits = output.success_logits.float() / self.success_temperature + self.success_bias
         return progress, spread, logits.sigmoid()
+
+    def decode_remaining(self, output: RewardOutput) -> tuple[Tensor, Tensor]:
+        """Seconds until the task is done, and their spread in seconds: two float32 (F,).
+
+        Raises:
+            ValueError: the model was made without `remaining`.
+        """
+        if output.remaining_logits is None:
+            raise ValueError("this model does not say how much time remains: it was made with remaining=False")
+        return remaining_moments(output.remaining_logits)
 
     def calibrate(self, temperature: float, bias: float) -> None:
         """Store what `rbm.model.calibration` fitted: success = sigmoid(logit / temperature + bias)."""

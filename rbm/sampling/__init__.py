@@ -9,7 +9,7 @@ from rbm.sampling.balance import Balance
 from rbm.sampling.clips import ClipOptions
 from rbm.sampling.mixture import Plan, Planner
 from rbm.sampling.pairs import Clip, Pair, PairMaker, Sampler
-from rbm.sampling.table import Table
+from rbm.sampling.table import Table, with_completion
 from rbm.sampling.targets import ClipTargets, Outcome, clip_targets
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "Sampler",
     "Table",
     "clip_targets",
+    "with_completion",
 ]

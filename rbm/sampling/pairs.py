@@ -24,6 +24,9 @@ from rbm.sampling.targets import ClipTargets, clip_targets
 DenseLabels = Callable[[int], NDArray[np.float32] | None]
 """Dense labels float32 (T,) of a row of the corpus, or none."""
 
+Timestamps = Callable[[int], NDArray[np.float32]]
+"""Seconds float32 (T,) of the stored frames of a row of the corpus."""
+
 _STRATEGIES = tuple(STRATEGIES.values())
 
 
@@ -111,11 +114,14 @@ class PairMaker:
         preference = None if shuffled else float(chosen_first)
         return Pair(index, strategy.name, self._wording(chosen_row, draw), first, second, preference, attempt)
 
-    def targets(self, clip: Clip, dense: DenseLabels, masks_only: bool = False) -> ClipTargets:
+    def targets(
+        self, clip: Clip, dense: DenseLabels, masks_only: bool = False, timestamps: Timestamps | None = None
+    ) -> ClipTargets:
         """Targets of a clip; `dense` is asked only where labels exist and are used.
 
-        `masks_only`: the progress values do not matter (what is supervised is only counted), so that `dense` is
-        asked only where the masks depend on the labels: for successes of which the completion is not known.
+        `masks_only`: the values do not matter (what is supervised is only counted), so that `dense` is asked only
+        where the masks depend on the labels: for successes of which the completion is not known. With `timestamps`
+        also targets of the time that remains; asked for the values only.
         """
         columns = self.corpus.columns
         facts = outcome(columns, clip.row)
@@ -123,7 +129,11 @@ class PairMaker:
         if self.use_dense and not clip.wrong_instruction and columns.dense.item(clip.row):
             decided = masks_only and (facts.quality > 0 or facts.done_known or facts.partial_success < 1)
             labels = np.zeros(facts.n_frames, np.float32) if decided else dense(clip.row)
-        return clip_targets(clip.frames, facts, labels, clip.wrong_instruction, self.relative)
+        seconds = None
+        if timestamps is not None:
+            unread = masks_only or clip.wrong_instruction or facts.quality > 0
+            seconds = np.zeros(facts.n_frames, np.float32) if unread else timestamps(clip.row)
+        return clip_targets(clip.frames, facts, labels, clip.wrong_instruction, self.relative, seconds)
 
     def _wording(self, row: int, draw: Draw) -> str:
         task = self.corpus.tasks[self.corpus.columns.task.item(row)]

@@ -6,15 +6,16 @@ can be tested without a disk. Columns are never copied: they are mapped, and sha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rbm.errors import UserError
 from rbm.sampling.targets import Outcome
-from rbm.trajectory import Task
+from rbm.trajectory import Quality, Task
 
 N_QUALITIES = 3
 
@@ -104,6 +105,77 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a corpus, one of them another than it says."""
+
+    task: NDArray[np.int32]
+    source: NDArray[np.int16]
+    quality: NDArray[np.int8]
+    n_frames: NDArray[np.int32]
+    done: NDArray[np.int32]
+    done_known: NDArray[np.bool_]
+    messy: NDArray[np.bool_]
+    dense: NDArray[np.bool_]
+    partial_success: NDArray[np.float32]
+
+
+class _Completed:
+    """A corpus in which some sources' successes count as done elsewhere. Pickled, it leaves its column behind."""
+
+    def __init__(self, corpus: Trajectories, completion: Mapping[str, float]) -> None:
+        self.corpus, self.completion = corpus, dict(completion)
+        columns = corpus.columns
+        cutoff = np.array([self.completion.get(name, np.nan) for name in corpus.sources])[columns.source]
+        change = (columns.quality == Quality.SUCCESSFUL.rank) & ~columns.done_known & ~np.isnan(cutoff)
+        done = columns.done.copy()
+        done[change] = np.ceil(cutoff[change] * (columns.n_frames[change] - 1) - 1e-4)
+        self.columns: Columns = _Columns(
+            columns.task, columns.source, columns.quality, columns.n_frames, done, columns.done_known,
+            columns.messy, columns.dense, columns.partial_success,
+        )  # fmt: skip
+
+    def __reduce__(self) -> tuple[type[_Completed], tuple[Trajectories, dict[str, float]]]:
+        return _Completed, (self.corpus, self.completion)
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self.corpus.tasks
+
+    @property
+    def task_scene(self) -> NDArray[np.int32]:
+        return self.corpus.task_scene
+
+    @property
+    def sources(self) -> Collection[str]:
+        return self.corpus.sources
+
+    @property
+    def by_task_quality(self) -> Groups:
+        return self.corpus.by_task_quality
+
+
+def with_completion(corpus: Trajectories, completion: Mapping[str, float]) -> Trajectories:
+    """The corpus with other completion cut-offs: e = ceil(c (T-1) - 1e-4) for the successes of the sources named.
+
+    Where the source gave the frame itself it stays. Strategies, targets and calibration all look at this column, so
+    that a rewind always goes back to before the completion that its targets have.
+
+    Raises:
+        UserError: a source that the corpus does not have, or a cut-off outside (0, 1].
+    """
+    unknown = sorted(completion.keys() - set(corpus.sources))
+    if unknown:
+        there = ", ".join(repr(name) for name in corpus.sources)
+        raise UserError(
+            f"data.completion names no source of the corpus: {', '.join(map(repr, unknown))}; it has {there}"
+        )
+    for name, cutoff in completion.items():
+        if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff <= 1:
+            raise UserError(f"data.completion: the cut-off of {name!r} is {cutoff!r}, it must be in (0, 1]")
+    return _Completed(corpus, completion) if completion else corpus
 
 
 def outcome(columns: Columns, row: int) -> Outcome:

@@ -14,6 +14,9 @@ smallest index (`clip_relative`, published layouts) or 0 (`absolute`):
 Success is supervised everywhere for failures, suboptimal ones, wrong instructions and exactly known
 completions; else only where the progress target is below 0.5 or success = 1, since somewhere in
 between the task may already be done.
+
+Models that say it are also told how many seconds remain: max(0, t_e - t_i), t the times of the stored frames. Known of
+every success under its own instruction, messy ones too; of nothing else.
 """
 
 from __future__ import annotations
@@ -49,12 +52,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ClipTargets:
-    """Targets of a clip of n frames: float32 (n,) values and bool (n,) masks; masked-out values are 0."""
+    """Targets of a clip of n frames: float32 (n,) values and bool (n,) masks; masked-out values are 0.
+
+    `remaining` is in seconds; it and its mask are None where they were not asked for.
+    """
 
     progress: NDArray[np.float32]
     progress_mask: NDArray[np.bool_]
     success: NDArray[np.float32]
     success_mask: NDArray[np.bool_]
+    remaining: NDArray[np.float32] | None = None
+    remaining_mask: NDArray[np.bool_] | None = None
 
 
 def progress_line(frames: NDArray[np.int64], start: int, done: int) -> NDArray[np.float32]:
@@ -64,21 +72,31 @@ def progress_line(frames: NDArray[np.int64], start: int, done: int) -> NDArray[n
     return np.clip((frames - start) / (done - start), 0, 1).astype(np.float32)
 
 
+def remaining_seconds(frames: NDArray[np.int64], done: int, timestamp: NDArray[np.float32]) -> NDArray[np.float32]:
+    """max(0, t_e - t_i), and 0 from e on: float32 (n,) of shown `frames` int64 (n,); `timestamp` float32 (T,)."""
+    left = np.maximum(0, timestamp[done] - timestamp[frames])
+    return np.where(frames >= done, 0, left).astype(np.float32)
+
+
 def clip_targets(
     frames: NDArray[np.int64],
     outcome: Outcome,
     dense: NDArray[np.float32] | None,
     wrong_instruction: bool,
     relative: bool = False,
+    timestamp: NDArray[np.float32] | None = None,
 ) -> ClipTargets:
     """Targets of a clip that shows stored `frames` int64 (n,); `dense` float32 (T,) labels or none.
+
+    With `timestamp` float32 (T,), seconds of the stored frames, also of the time that remains.
 
     Source: the table above; the published recipe has the same rows without dense labels and messy successes.
     """
     n = len(frames)
     nothing, everything, zeros = np.zeros(n, bool), np.ones(n, bool), np.zeros(n, np.float32)
+    untimed = (None, None) if timestamp is None else (zeros, nothing)
     if wrong_instruction:
-        return ClipTargets(zeros, everything, zeros, everything)
+        return ClipTargets(zeros, everything, zeros, everything, *untimed)
 
     start = int(frames.min()) if relative else 0
     successful = outcome.quality == Quality.SUCCESSFUL.rank
@@ -101,4 +119,7 @@ def clip_targets(
     else:
         line = progress if progress_mask.all() else progress_line(frames, start, outcome.done)
         success_mask = (line < 0.5) | (success == 1)
-    return ClipTargets(progress, progress_mask, success, success_mask)
+    if timestamp is None or not successful or graded:
+        return ClipTargets(progress, progress_mask, success, success_mask, *untimed)
+    remaining = remaining_seconds(frames, outcome.done, timestamp)
+    return ClipTargets(progress, progress_mask, success, success_mask, remaining, everything)

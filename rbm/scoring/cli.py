@@ -19,6 +19,7 @@ from rbm.output import check_target, whole_file
 from rbm.scoring.overlay import MAX_FRAMES, write_overlay
 from rbm.scoring.scorer import Scorer, check_task
 from rbm.scoring.scores import Scores
+from rbm.scoring.views import Video
 from rbm.video import VideoFile, stored_clip
 
 _task = click.option("--task", required=True, help="The instruction, such as 'open the drawer'.")
@@ -35,6 +36,13 @@ _json = click.option("--json", "json_path", metavar="FILE", help="Write everythi
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw curves above a strip of frames (.png, .pdf, .svg).")
 @click.option("--video", "video_path", metavar="FILE", help="Write the video with its scores drawn in (.mp4).")
 @click.option("--every", type=int, default=1, show_default=True, help="Score every k-th stored frame (at most 64).")
+@click.option(
+    "--view",
+    "views",
+    metavar="NAME=FILE",
+    multiple=True,
+    help="Another view of the same attempt, for models that read several; VIDEO is the first. Repeatable.",
+)
 @click.option("--rows", type=int, default=20, show_default=True, help="Rows of the table.")
 @_device
 def score(
@@ -45,6 +53,7 @@ def score(
     plot_path: str | None,
     video_path: str | None,
     every: int,
+    views: tuple[str, ...],
     rows: int,
     device: str,
 ) -> None:
@@ -57,17 +66,22 @@ def score(
       rbm score attempt.mp4 --task "open the drawer"
       rbm score attempt.mp4 --task "open the drawer" --plot scores.png --video scored.mp4
       rbm score runs/*.mp4 --task "open the drawer" --json scores.json
+      rbm score near.mp4 --view wrist=wrist.mp4 --task "open the drawer" --checkpoint runs/two_views/model
     """
     check_task(task)
-    _check_outputs(videos, json_path, plot_path, video_path)
+    others = _other_views(views, videos)
+    _check_outputs((*videos, *others.values()), json_path, plot_path, video_path, len(videos))
     scorer = Scorer.from_pretrained(checkpoint, device)
+    if others and scorer.views and scorer.views[0] in others:
+        raise UserError(f"--view {scorer.views[0]}=…: VIDEO is this view already, the first that the model reads")
     out = _console(json_path)
     entries = []
     for path in videos:
         video = VideoFile(path)
         clip = stored_clip(video)
-        scores = scorer.score(clip, task, every)
-        entries.append({"video": path, **scores.to_json()})
+        shown: Video = {(*scorer.views, "")[0]: clip, **others} if others else clip
+        scores = scorer.score(shown, task, every)
+        entries.append({"video": path, **({"views": others} if others else {}), **scores.to_json()})
         out.print(scores.table(path, rows))
         out.print(_summary(scores), highlight=False)
         if plot_path is not None:
@@ -134,19 +148,42 @@ def rank(videos: tuple[str, ...], task: str, checkpoint: str | None, json_path: 
     _write_json(json_path, {"task": task, "checkpoint": checkpoint, "order": order, "ranked": entries}, out)
 
 
+def _other_views(views: tuple[str, ...], videos: tuple[str, ...]) -> dict[str, str]:
+    """Files of the views that `--view` names."""
+    found: dict[str, str] = {}
+    for given in views:
+        name, sign, path = given.partition("=")
+        if not (name and sign and path):
+            raise UserError(f"--view {given}: write NAME=FILE, such as --view wrist=wrist.mp4")
+        if name in found:
+            raise UserError(f"--view {name} is given twice")
+        found[name] = path
+    if found and len(videos) > 1:
+        raise UserError(f"--view belongs to one video, {len(videos)} were given; score them one by one")
+    return found
+
+
 def _check_outputs(
-    videos: tuple[str, ...], json_path: str | None, plot_path: str | None = None, video_path: str | None = None
+    files: tuple[str, ...],
+    json_path: str | None,
+    plot_path: str | None = None,
+    video_path: str | None = None,
+    videos: int | None = None,
 ) -> None:
-    """Every output that could not be written is refused before anything is scored."""
+    """Every output that could not be written is refused before anything is scored.
+
+    `files` are what is read, `videos` says how many of them are scored (default all).
+    """
+    count = len(files) if videos is None else videos
     from rbm.scoring.plot import SUFFIXES
 
     for option, path, suffixes in (("--plot", plot_path, SUFFIXES), ("--video", video_path, (".mp4",))):
         if path is not None:
-            if len(videos) > 1:
-                raise UserError(f"{option} draws one video, {len(videos)} were given; score them one by one")
-            check_target(Path(path), suffixes, videos)
+            if count > 1:
+                raise UserError(f"{option} draws one video, {count} were given; score them one by one")
+            check_target(Path(path), suffixes, files)
     if json_path not in (None, "-"):
-        check_target(Path(str(json_path)), (), videos)
+        check_target(Path(str(json_path)), (), files)
 
 
 def _console(json_path: str | None) -> Console:
@@ -158,6 +195,8 @@ def _summary(scores: Scores) -> str:
     done = scores.success >= 0.5
     text = f"at the end: progress {scores.progress[-1]:.2f} ± {scores.progress_std[-1]:.2f}, success "
     text += f"{scores.success[-1]:.2f}"
+    if scores.remaining is not None:
+        text += f", {scores.remaining[-1]:.1f} s to go"
     if done[-1]:
         # since when it has held without a break
         since = len(done) - int(done[::-1].argmin()) if not done.all() else 0

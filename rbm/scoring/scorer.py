@@ -6,6 +6,8 @@ What is notable here:
 - Attention is causal, so that one forward scores every prefix of a clip. `every=k` asks for the contexts that a
   live session would hold; those that are prefixes of one another share a row, and a frame is encoded once a batch.
 - A score does not depend on what else is in the batch, beyond rounding.
+- Where a model reads several views, a video may be a mapping of their names to videos. Those of one attempt may differ
+  in length and frame rate: they are looked at at the same moments.
 
 Letters in shapes: n frames of a clip, N clips, P pairs, U distinct frames, F frames shown (see `ClipBatch`).
 """
@@ -13,11 +15,11 @@ Letters in shapes: n frames of a clip, N clips, P pairs, U distinct frames, F fr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from itertools import combinations, islice
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,12 +28,16 @@ from torch import Tensor
 
 from rbm.errors import UserError
 from rbm.frames import pick_frames, session_context
-from rbm.model import ClipBatch, RewardModel, RewardOutput
+from rbm.model import ClipBatch, FramePool, RewardModel, RewardOutput
 from rbm.scoring.scores import ClipScores, Floats, Scores
-from rbm.video import Frames, StoredClip, VideoFile, stored_clip
+from rbm.scoring.views import Clips, Recording, Video, check_views, clips_of
+from rbm.video import Frames, StoredClip
 
-Video = str | os.PathLike[str] | VideoFile | Frames | StoredClip
-"""What can be scored: a file, an opened file, uint8 frames (T, H, W[, C]), or a clip made by `stored_clip`."""
+Shown = Frames | Mapping[str, Frames]
+"""A clip as it is read: uint8 (n, H, W, 3) of the model's first view, or of several views by name, equally many."""
+
+Decoded = tuple[Floats, Floats, Floats, Floats | None]
+"""Progress, its spread, success, and remaining seconds where the model says them: float32 (F,) each."""
 
 _T = TypeVar("_T")
 
@@ -71,6 +77,11 @@ class Scorer:
         """The most frames that the model reads at once."""
         return self.model.context_frames
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the views that the model reads; empty: one, whichever it is given."""
+        return self.model.backbone.views
+
     def score(self, video: Video, task: str, every: int | None = None) -> Scores:
         """Progress and success for frames of a video.
 
@@ -78,19 +89,23 @@ class Scorer:
         k-th stored frame and the last, each scored from what a live session would hold at that moment
         (`rbm.frames.session_context`): so scores of a moment do not depend on what follows it.
 
+        A model with several views takes a mapping, `score({"near": video, "wrist": video}, task)`: the moments are
+        those of the first view, in the model's order, and the others show their frames nearest in time.
+
         Raises:
-            UserError: the video cannot be read, the instruction is empty, or `every` is not positive.
+            UserError: the video cannot be read, the instruction is empty, `every` is not positive, or the model does
+                not read such a view.
         """
         if every is None:
             return self.score_batch([(video, task)])[0]
         check_task(task)
         if every < 1:
             raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
-        clip = _as_clip(video)
-        last = len(clip.frames) - 1
+        clips = clips_of(video, self.views)
+        last = len(_first(clips).frames) - 1
         moments = sorted({*range(0, last + 1, every), last})
-        scored = self._score_moments(clip.frames, moments, task)
-        return _scores(_part(clip, np.array(moments)), scored, task)
+        scored = self._score_moments(clips, moments, task)
+        return _scores(_part(_first(clips), np.array(moments)), scored, task)
 
     def score_batch(self, items: Sequence[tuple[Video, str]]) -> list[Scores]:
         """`score` for many videos, in shared forwards; videos are opened a batch at a time."""
@@ -98,16 +113,17 @@ class Scorer:
         for chunk in _chunks(items, BATCH_SIZE):
             for _, task in chunk:
                 check_task(task)
-            clips = [self.context_clip(video) for video, _ in chunk]
-            predicted = self.predict([(clip.frames, task) for clip, (_, task) in zip(clips, chunk, strict=True)])
+            clips = [self._context(video) for video, _ in chunk]
+            predicted = self.predict([(_shown(clip), task) for clip, (_, task) in zip(clips, chunk, strict=True)])
             results += [
-                _scores(clip, scored, task) for clip, scored, (_, task) in zip(clips, predicted, chunk, strict=True)
+                _scores(_first(clip), scored, task)
+                for clip, scored, (_, task) in zip(clips, predicted, chunk, strict=True)
             ]
         return results
 
     def compare(self, a: Video, b: Video, task: str) -> float:
         """Probability that attempt `a` at the task is better than `b`; compare(a, b) + compare(b, a) = 1."""
-        return float(self.prefer([(self.context_clip(a).frames, self.context_clip(b).frames, task)])[0])
+        return float(self.prefer([(_shown(self._context(a)), _shown(self._context(b)), task)])[0])
 
     def rank(self, videos: Sequence[Video], task: str) -> list[int]:
         """Positions of the videos, best attempt first; equals keep their order.
@@ -116,10 +132,10 @@ class Scorer:
         """
         check_task(task)
         if self.model.preference == "utility":
-            clips = ((self.context_clip(video).frames, task) for video in videos)
+            clips = ((_shown(self._context(video)), task) for video in videos)
             worth = [scored.utility for chunk in _chunks(clips, BATCH_SIZE) for scored in self.predict(chunk)]
         else:
-            frames = [self.context_clip(video).frames for video in videos]
+            frames = [_shown(self._context(video)) for video in videos]
             pairs = list(combinations(range(len(frames)), 2))
             better = self.prefer([(frames[a], frames[b], task) for a, b in pairs])
             worth = [0.0] * len(frames)
@@ -128,8 +144,10 @@ class Scorer:
                 worth[b] += 1 - p
         return sorted(range(len(worth)), key=lambda i: -worth[i])
 
-    def predict(self, clips: Sequence[tuple[Frames, str]], batch_size: int = BATCH_SIZE) -> list[ClipScores]:
+    def predict(self, clips: Sequence[tuple[Shown, str]], batch_size: int = BATCH_SIZE) -> list[ClipScores]:
         """Scores of clips (uint8 (n, H, W, 3), instruction) that are read as they are, n <= context_frames.
+
+        In place of the frames a mapping of views' names to frames may stand.
 
         An array that stands in several clips of a batch (under other instructions) is encoded once.
 
@@ -142,12 +160,13 @@ class Scorer:
             output = self._forward(batch)
             decoded = self._decode(output)
             worth = [float("nan")] * len(chunk) if output.utility is None else output.utility.float().tolist()
-            ends = np.cumsum([len(frames) for frames, _ in chunk])[:-1]
-            progress, spread, success = (np.split(array, ends) for array in decoded)
-            results += [ClipScores(*scored) for scored in zip(progress, spread, success, worth, strict=True)]
+            ends = np.cumsum(batch.lengths.numpy())[:-1]
+            progress, spread, success = (np.split(array, ends) for array in decoded[:3])
+            remaining = [None] * len(chunk) if decoded[3] is None else np.split(decoded[3], ends)
+            results += [ClipScores(*scored) for scored in zip(progress, spread, success, worth, remaining, strict=True)]
         return results
 
-    def prefer(self, pairs: Sequence[tuple[Frames, Frames, str]], batch_size: int = BATCH_SIZE) -> Floats:
+    def prefer(self, pairs: Sequence[tuple[Shown, Shown, str]], batch_size: int = BATCH_SIZE) -> Floats:
         """Probability that the first clip of each pair (frames, frames, instruction) is better: float32 (P,).
 
         Models with `joint` preference read each pair in both orders; the mean is antisymmetric.
@@ -165,42 +184,74 @@ class Scorer:
             better.append(p.float().cpu().numpy())
         return np.concatenate(better)
 
-    def context_clip(self, video: Video) -> StoredClip:
-        """The frames of a video that one forward looks at: at most `context_frames`, even, ends kept."""
-        clip = _as_clip(video)
-        return _part(clip, pick_frames(len(clip.frames), self.context_frames))
+    @overload
+    def context_clip(self, video: Recording) -> StoredClip: ...
 
-    def _score_moments(self, frames: Frames, moments: Sequence[int], task: str) -> ClipScores:
+    @overload
+    def context_clip(self, video: Mapping[str, Recording]) -> Clips: ...
+
+    def context_clip(self, video: Video) -> StoredClip | Clips:
+        """The frames of a video that one forward looks at: at most `context_frames`, even, ends kept."""
+        clips = self._context(video)
+        return clips if isinstance(video, Mapping) else _first(clips)
+
+    def _context(self, video: Video) -> Clips:
+        clips = clips_of(video, self.views)
+        picked = pick_frames(len(_first(clips).frames), self.context_frames)
+        return {name: _part(clip, picked) for name, clip in clips.items()}
+
+    def _score_moments(self, clips: Clips, moments: Sequence[int], task: str) -> ClipScores:
         """Scores of stored frames `moments`, each as the last frame of a session's context."""
         contexts = [session_context(t, self.context_frames) for t in moments]
         rows, places = _merge_prefixes(contexts)
         # The model sees few of the pixels: one pass over the stored frames, then small tensors only.
-        seen = self.model.preprocess(frames)
-        scored: list[tuple[Floats, Floats, Floats]] = []
+        seen = [self.model.preprocess(clips[name].frames) if name in clips else None for name in self.views or clips]
+        scored: list[Decoded] = []
         for chunk in _chunks(rows, BATCH_SIZE):
             shown, ids = np.unique(np.concatenate(chunk), return_inverse=True)
+            pool, place = FramePool(), torch.from_numpy(ids.astype(np.int64))
+            columns = [
+                torch.full_like(place, -1) if view is None else pool.add(number, view[torch.from_numpy(shown)]) + place
+                for number, view in enumerate(seen)
+            ]
+            groups, renumber = pool.groups()
             batch = ClipBatch(
-                frames=(seen[torch.from_numpy(shown)],),
-                frame_ids=torch.from_numpy(ids.astype(np.int64))[:, None],
+                frames=groups,
+                frame_ids=renumber(torch.stack(columns, dim=1)),
                 lengths=torch.tensor([len(row) for row in chunk]),
                 tasks=(task,) * len(chunk),
             )
             scored.append(self._decode(self._forward(batch)))
-        progress, spread, success = (np.concatenate(arrays)[places] for arrays in zip(*scored, strict=True))
-        return ClipScores(progress, spread, success, float("nan"))
+        progress, spread, success = (np.concatenate([part[i] for part in scored])[places] for i in range(3))
+        remaining = [part[3] for part in scored if part[3] is not None]
+        left = np.concatenate(remaining)[places] if remaining else None
+        return ClipScores(progress, spread, success, float("nan"), left)
 
-    def _batch(self, clips: Sequence[tuple[Frames, str]]) -> ClipBatch:
+    def _batch(self, clips: Sequence[tuple[Shown, str]]) -> ClipBatch:
         tensors: dict[int, Tensor] = {}
-        for frames, task in clips:
+        views = [self._by_view(shown) for shown, _ in clips]
+        for shown, (_, task) in zip(views, clips, strict=True):
             check_task(task)
-            if not 1 <= len(frames) <= self.context_frames:
+            lengths = {len(frames) for frames in shown if frames is not None}
+            if len(lengths) > 1:
+                raise UserError(f"the views of a clip must have the same number of frames, not {sorted(lengths)}")
+            if not 1 <= max(lengths) <= self.context_frames:
                 raise UserError(
-                    f"a clip has {len(frames)} frames, this model reads 1 to {self.context_frames}: "
+                    f"a clip has {max(lengths)} frames, this model reads 1 to {self.context_frames}: "
                     "choose some with rbm.frames.pick_frames"
                 )
-            if id(frames) not in tensors:
-                tensors[id(frames)] = self.model.preprocess(frames)
-        return ClipBatch.from_clips([(tensors[id(frames)], task) for frames, task in clips])
+            for frames in shown:
+                if frames is not None and id(frames) not in tensors:
+                    tensors[id(frames)] = self.model.preprocess(frames)
+        seen = [[None if frames is None else tensors[id(frames)] for frames in shown] for shown in views]
+        return ClipBatch.from_clips([(shown, task) for shown, (_, task) in zip(seen, clips, strict=True)])
+
+    def _by_view(self, shown: Shown) -> list[Frames | None]:
+        """Frames of each view that the model reads, none where it is not there."""
+        if not isinstance(shown, Mapping):
+            return [shown]
+        check_views(shown, self.views)
+        return [shown.get(name) for name in self.views]
 
     def _forward(self, batch: ClipBatch, pairs: Tensor | None = None) -> RewardOutput:
         with torch.inference_mode():
@@ -212,10 +263,12 @@ class Scorer:
         assert logits is not None, "pairs were asked for"
         return logits
 
-    def _decode(self, output: RewardOutput) -> tuple[Floats, Floats, Floats]:
+    def _decode(self, output: RewardOutput) -> Decoded:
         with torch.inference_mode():
             progress, spread, success = (x.float().cpu().numpy() for x in self.model.decode(output))
-        return progress, spread, success
+            if not self.model.remaining:
+                return progress, spread, success, None
+            return progress, spread, success, self.model.decode_remaining(output)[0].cpu().numpy()
 
 
 def _merge_prefixes(contexts: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
@@ -232,8 +285,13 @@ def _merge_prefixes(contexts: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray
     return rows, np.array([starts[row] + i for row, i in at])
 
 
-def _as_clip(video: Video) -> StoredClip:
-    return video if isinstance(video, StoredClip) else stored_clip(video)
+def _first(clips: Clips) -> StoredClip:
+    return next(iter(clips.values()))
+
+
+def _shown(clips: Clips) -> Shown:
+    """Frames by the names of their views, as they are where the model has no names."""
+    return _first(clips).frames if "" in clips else {name: clip.frames for name, clip in clips.items()}
 
 
 def _part(clip: StoredClip, picked: NDArray[np.int64]) -> StoredClip:
@@ -254,6 +312,7 @@ def _scores(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
         task,
         clip.fps,
         clip.n_frames,
+        scored.remaining,
     )
 
 

@@ -24,12 +24,14 @@ class ClipScores:
     Attributes:
         progress, progress_std, success: float32 (n,), one for each frame of the clip.
         utility: the read-out by which clips of one task are ranked; nan where the model compares pairs jointly.
+        remaining: float32 (n,), seconds until the task is done; none where the model does not say it.
     """
 
     progress: Floats
     progress_std: Floats
     success: Floats
     utility: float
+    remaining: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Scores:
         timestamp: float32 (n,), its time in seconds from the first frame.
         task: the instruction.
         fps, n_frames: of the original video.
+        remaining: float32 (n,), seconds until the task is done; none where the model does not say it.
     """
 
     progress: Floats
@@ -54,13 +57,16 @@ class Scores:
     task: str
     fps: float
     n_frames: int
+    remaining: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.progress)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, keyed as the attributes."""
-        arrays = ("frame_index", "timestamp", "progress", "progress_std", "success")
+        arrays = ["frame_index", "timestamp", "progress", "progress_std", "success"]
+        if self.remaining is not None:
+            arrays.append("remaining")
         numbers = {name: [_short(value) for value in getattr(self, name).tolist()] for name in arrays}
         return {"task": self.task, "fps": _short(self.fps), "n_frames": self.n_frames, **numbers}
 
@@ -72,6 +78,8 @@ class Scores:
         )
         for name in ("frame", "time s", "progress", "±", "success"):
             table.add_column(name, justify="right")
+        if self.remaining is not None:
+            table.add_column("remaining s", justify="right")
         table.add_column(Text.assemble(("progress", "cyan"), " / ", ("success", "green")), min_width=_BAR)
         for i in shown:
             table.add_row(
@@ -80,6 +88,7 @@ class Scores:
                 f"{self.progress[i]:.3f}",
                 f"{self.progress_std[i]:.3f}",
                 f"{self.success[i]:.3f}",
+                *([] if self.remaining is None else [f"{self.remaining[i]:.1f}"]),
                 _bar(float(self.progress[i]), float(self.success[i])),
             )
         if len(shown) < len(self):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rbm.training.data import PairDataModule
+from rbm.training.parallel import anywhere
 
 console = Console(stderr=True)
 
@@ -62,27 +63,43 @@ class StepProgress(Callback):
 class StopCleanly(Callback):
     """The first Ctrl-C (or SIGTERM) ends training after the current optimiser step; a checkpoint is written then.
 
-    A second one interrupts at once; the last checkpoint written stays.
+    A second Ctrl-C interrupts at once; the last checkpoint written stays. Of several processes it is enough that one
+    gets the signal: all stop at the same step.
     """
+
+    SAME = 2.0
+    """Seconds in which another signal is the same one again: who starts the processes passes on what all have got."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._speaks = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self._since = now
+            self._accept()
+        elif number == signal.SIGINT and now - self._since > self.SAME:
             raise KeyboardInterrupt
+
+    def _accept(self) -> None:
         self.asked = True
-        console.print("stopping after this step (once more to stop at once)")
+        if self._speaks:
+            console.print("stopping after this step (once more to stop at once)")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._speaks = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.asked and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and anywhere(self.asked):
+            if not self.asked:
+                self._accept()
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -24,6 +24,7 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
     from omegaconf import OmegaConf
 
     from rbm.config import compose
+    from rbm.training.parallel import first_process
     from rbm.training.run import Interrupted
     from rbm.training.run import train as run
 
@@ -36,4 +37,5 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
     except Interrupted as stopped:
         console.print(str(stopped), markup=False)
         sys.exit(130)
-    click.echo(str(model))
+    if first_process():
+        click.echo(str(model))

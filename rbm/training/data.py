@@ -5,11 +5,12 @@
    are made. A loader process has no table, only the corpus, whose columns are mapped, and makes the pairs.
 3. Micro-batch m of a step, on rank r, takes its share of them; ranks and workers only partition indices.
 4. Targets of all B pairs give the counts over which the losses are means; frames are read for the share only.
-5. Frames of one trajectory that several clips of a micro-batch show are decoded and sent once.
-6. A pair of which a trajectory can not be decoded is replaced by its next substitute (drawn by seed, index and
-   attempt), so the same data come again with any number of workers and after a resume. Other micro-batches and ranks
-   do not know, for they do not read its frames: they count the supervision of the pair as it was planned, so the
-   means of that step are off by what the two pairs differ in, at most the share of one pair.
+5. Frames of one trajectory that several clips of a micro-batch show are decoded and sent once, each view of them.
+6. A pair of which a trajectory can not be decoded, or has none of the views that the model reads, is replaced by its
+   next substitute (drawn by seed, index and attempt), so the same data come again with any number of workers and
+   after a resume. Other micro-batches and ranks do not know, for they do not read its frames: they count the
+   supervision of the pair as it was planned, so the means of that step are off by what the two pairs differ in, at
+   most the share of one pair.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,9 +34,12 @@ from rbm.corpus.split import Split, open_rows, split_corpus
 from rbm.errors import UserError
 from rbm.model import ClipBatch, Counts, FramePool, PairBatch, RewardModel, Targets
 from rbm.model.backbones.base import Preprocessor
-from rbm.sampling import Balance, ClipOptions, ClipTargets, Pair, Plan, Planner
+from rbm.sampling import Balance, ClipOptions, ClipTargets, Pair, Plan, Planner, with_completion
 from rbm.sampling import Sampler as PairSampler
 from rbm.training.augment import Augmentation
+from rbm.training.features import FeatureCache
+from rbm.training.parallel import together
+from rbm.training.views import NoView, check_views, read_views
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,9 @@ READ_BEFORE_JUDGING = 200
 
 PairTargets = tuple[ClipTargets, ClipTargets]
 _T = TypeVar("_T")
+
+ABSENT = -1
+"""In place of a frame of a view that a trajectory does not have."""
 
 START_METHODS = ("spawn", "forkserver", "fork")
 
@@ -131,9 +138,13 @@ class PairDataset(Dataset[Loaded | Refused]):
         supervise_both: bool,
         augment: Augmentation | None = None,
         min_side: int | None = None,
+        views: tuple[str, ...] = (),
+        remaining: bool = False,
+        features: FeatureCache | None = None,
     ) -> None:
         self.corpus, self.sampler, self.preprocess = corpus, sampler, preprocess
         self.share, self.supervise_both, self.augment, self.min_side = share, supervise_both, augment, min_side
+        self.views, self.remaining, self.features = views, remaining, features
 
     def __getitem__(self, order: Order) -> Loaded | Refused:
         try:
@@ -150,7 +161,7 @@ class PairDataset(Dataset[Loaded | Refused]):
         replaced: list[Unreadable] = []
         try:
             clips, own = self._read(pairs[mine], step)
-        except CorruptPayload:
+        except (CorruptPayload, NoView):
             pairs[mine] = [self._readable(pair, lambda it: self._read([it], step), replaced)[0] for pair in pairs[mine]]
             clips, own = self._read(pairs[mine], step)
         # of the pairs of other shares only how much they supervise matters
@@ -181,7 +192,7 @@ class PairDataset(Dataset[Loaded | Refused]):
         for _ in range(ATTEMPTS):
             try:
                 return pair, read(pair)
-            except CorruptPayload as error:
+            except (CorruptPayload, NoView) as error:
                 replaced.append(Unreadable(error.trajectory, error.what))
                 last = error
                 pair = self.sampler.pair(pair.index, pair.attempt + 1)
@@ -191,12 +202,19 @@ class PairDataset(Dataset[Loaded | Refused]):
         )
 
     def _targets(self, pair: Pair, masks_only: bool = False) -> PairTargets:
+        timestamps = self.corpus.timestamps if self.remaining else None
         first, second = (
-            self.sampler.maker.targets(clip, self.corpus.progress, masks_only) for clip in (pair.first, pair.second)
+            self.sampler.maker.targets(clip, self.corpus.progress, masks_only, timestamps)
+            for clip in (pair.first, pair.second)
         )
         if not self.supervise_both:
             nothing = np.zeros(len(pair.second.frames), bool)
-            second = ClipTargets(second.progress, nothing, second.success, nothing)
+            second = replace(
+                second,
+                progress_mask=nothing,
+                success_mask=nothing,
+                remaining_mask=None if second.remaining_mask is None else nothing,
+            )
         return first, second
 
     def _clips(self, pairs: Sequence[Pair], step: int) -> ClipBatch:
@@ -205,26 +223,61 @@ class PairDataset(Dataset[Loaded | Refused]):
         for clip, _ in clips:
             wanted[clip.row].append(clip.frames)
         pool = FramePool()
-        place: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        place: dict[int, tuple[list[int], NDArray[np.int64]]] = {}
         for row, shown in wanted.items():
             distinct = np.unique(np.concatenate(shown))
-            frames = self.preprocess(self.corpus.frames(row, distinct, min_side=self.min_side))
-            if self.augment is not None:  # at the model's size, where it costs least
-                frames = torch.from_numpy(self.augment(frames.numpy(), (self.sampler.seed, step, row)))
-            place[row] = (pool.add(row, frames), distinct)
-        ids = [place[clip.row][0] + np.searchsorted(place[clip.row][1], clip.frames) for clip, _ in clips]
+            starts = []
+            for view, frames in enumerate(self._pictures(row, distinct)):
+                if frames is None:
+                    starts.append(ABSENT)
+                    continue
+                if self.augment is not None:  # at the model's size, where it costs least
+                    key = (self.sampler.seed, step, row, view)[: 4 if view else 3]
+                    frames = torch.from_numpy(self.augment(frames.numpy(), key))
+                starts.append(pool.add((row, view), frames))
+            place[row] = (starts, distinct)
+        ids = [frame_columns(*place[clip.row], clip.frames) for clip, _ in clips]
         groups, renumber = pool.groups()
         return ClipBatch(
             frames=groups,
-            frame_ids=renumber(torch.from_numpy(np.concatenate(ids)))[:, None],
+            frame_ids=renumber(torch.from_numpy(np.concatenate(ids))),
             lengths=torch.tensor([len(clip.frames) for clip, _ in clips]),
             tasks=tuple(task for _, task in clips),
         )
+
+    def _pictures(self, row: int, frames: NDArray[np.integer]) -> list[torch.Tensor | None]:
+        if self.features is not None:
+            return self.features.views_of(self.corpus, row, frames, self.views)
+        return pixels(self.corpus, row, frames, self.views, self.preprocess, self.min_side)
+
+
+def pixels(
+    corpus: Corpus,
+    row: int,
+    frames: NDArray[np.integer],
+    views: tuple[str, ...],
+    preprocess: Preprocessor,
+    min_side: int | None = None,
+) -> list[torch.Tensor | None]:
+    """`read_views`, preprocessed: of each view uint8 (n, h, w, 3), none for one that is absent."""
+    shots = read_views(corpus, row, frames, views, min_side)
+    return [None if shot is None else preprocess(shot) for shot in shots]
+
+
+def frame_columns(starts: Sequence[int], distinct: NDArray[np.int64], shown: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers in the pool of the frames `shown` (n,), of each view, int64 (n, V), -1 for one that is absent.
+
+    The frames of a view that were put in are the `distinct` ones, from number `starts[view]` on.
+    """
+    place = np.searchsorted(distinct, shown)
+    return np.stack([np.full_like(place, ABSENT) if start == ABSENT else start + place for start in starts], axis=1)
 
 
 def stack_targets(pairs: Sequence[Pair], targets: Sequence[PairTargets]) -> Targets:
     """Targets of pairs, flat in the order of their clips."""
     flat = [clip for both in targets for clip in both]
+    seconds = [clip.remaining for clip in flat if clip.remaining is not None]
+    timed = [clip.remaining_mask for clip in flat if clip.remaining_mask is not None]
     return Targets(
         progress=torch.from_numpy(np.concatenate([clip.progress for clip in flat])),
         progress_mask=torch.from_numpy(np.concatenate([clip.progress_mask for clip in flat])),
@@ -232,6 +285,8 @@ def stack_targets(pairs: Sequence[Pair], targets: Sequence[PairTargets]) -> Targ
         success_mask=torch.from_numpy(np.concatenate([clip.success_mask for clip in flat])),
         preference=torch.tensor([pair.preference or 0.0 for pair in pairs]),
         preference_mask=torch.tensor([pair.preference is not None for pair in pairs]),
+        remaining=torch.from_numpy(np.concatenate(seconds)) if seconds else None,
+        remaining_mask=torch.from_numpy(np.concatenate(timed)) if timed else None,
     )
 
 
@@ -279,9 +334,14 @@ class PairDataModule(L.LightningDataModule):
         clips: options of `rbm.sampling.ClipOptions`, less context_frames, which the model says.
         use_dense: supervise progress by dense labels where a trajectory has them.
         paraphrases: draw among all wordings of an instruction.
+        completion: source -> cut-off c of its successes without an exactly known completion, instead of the corpus's.
+        supervise_both: progress, success and remaining time of both clips of a pair; none for what the layout has:
+            both where they are isolated, the first where the second sees it.
         augment: change of pixels in training, shift and light (`Augmentation`); none for none.
         decode_short_side: decode frames at a reduced size, where that is cheaper, with a short side of at least so
             many pixels; none for the stored size.
+        features: folder of `rbm cache-features`: features stand for the frames, and the tower, which must be frozen,
+            never runs; none for none.
         max_bad_share: stop when more than this share of the trajectories read could not be decoded.
         validation_pairs: fixed pairs on which the validation losses are computed; 0 for none.
         workers: loader processes; 0 reads in the main process.
@@ -313,8 +373,11 @@ class PairDataModule(L.LightningDataModule):
         clips: Mapping[str, Any] | None = None,
         use_dense: bool = True,
         paraphrases: bool = True,
+        completion: Mapping[str, float] | None = None,
+        supervise_both: bool | None = None,
         augment: Mapping[str, float] | None = None,
         decode_short_side: int | None = None,
+        features: str | None = None,
         max_bad_share: float = 0.01,
         validation_pairs: int = 64,
         workers: int = 1,
@@ -335,6 +398,14 @@ class PairDataModule(L.LightningDataModule):
         )
         if not len(self.split.train):
             raise UserError(f"corpus {self.corpus.location}: the split leaves nothing to train on")
+        self.trajectories = with_completion(self.corpus, completion or {})  # as sampling and calibration see them
+        self.views = model.backbone.views
+        check_views(self.corpus, self.split.train, self.views)
+        if supervise_both and model.pair == "causal":
+            raise UserError(
+                "data.supervise_both=true: the second clip of a causal pair sees the first, so it scores as no single "
+                "clip ever will; set model.pair=isolated"
+            )
         self.pairs_per_step, self.micro_batches = pairs_per_step, micro_batches
         self.validation_pairs, self.workers, self.seed = validation_pairs, workers, seed
         self.start_method, self.max_bad_share = start_method, max_bad_share
@@ -350,9 +421,43 @@ class PairDataModule(L.LightningDataModule):
         }
         self._preprocess = model.backbone.preprocessor
         self._augment = Augmentation(**augment) if augment else None
-        self._supervise_both = model.pair == "isolated"
+        self._supervise_both = model.pair == "isolated" if supervise_both is None else supervise_both
+        self._remaining = model.remaining
         self._min_side = decode_short_side
+        self._model = model
+        self._features: FeatureCache | None = None
+        if features is not None:
+            options = [] if selection is None else ["--selection", selection]
+            options += [] if snapshot is None else ["--snapshot", snapshot]
+            self._features = self._open_features(features, options)
         self.sampler = self._sampler(self.split.train, seed)  # now, so that what is wrong is said before training
+
+    def _open_features(self, folder: str, options: Sequence[str]) -> FeatureCache:
+        for name, value in (("augment", self._augment), ("decode_short_side", self._min_side)):
+            if value is not None:
+                raise UserError(f"data.{name} changes pixels, and data.features stands for them: set one to null")
+        cache = FeatureCache.open(folder, self._model)
+        cache.check_rows(self.corpus, np.union1d(self.split.train, self.split.validation), self.views, options)
+        return cache
+
+    def check_frozen(self) -> None:
+        """Raises UserError: there are features, and the tower that made them is to be trained."""
+        tower = self._model.backbone.tower
+        if self._features is not None and any(weight.requires_grad for weight in tower.parameters()):
+            raise UserError(
+                "data.features are those of a vision tower that stays as it is, and this run trains it: set "
+                "optimization.tuning.vision=none, or data.features=null"
+            )
+
+    def pictures(self, row: int, frames: NDArray[np.integer]) -> list[torch.Tensor | None]:
+        """Frames of each view as scoring sees them, uint8 (n, h, w, 3), or their features; none for an absent one.
+
+        Raises:
+            CorruptPayload: they can not be decoded. NoView: the trajectory has none of the views.
+        """
+        if self._features is not None:
+            return self._features.views_of(self.corpus, row, frames, self.views)
+        return pixels(self.corpus, row, frames, self.views, self._preprocess)
 
     @property
     def tasks(self) -> list[str]:
@@ -366,9 +471,10 @@ class PairDataModule(L.LightningDataModule):
         return blake2b(self.split.train.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
     def _sampler(self, rows: NDArray[np.int64], seed: int) -> PairSampler:
-        return PairSampler(self.corpus, seed, rows, **self._sampler_options)
+        return PairSampler(self.trajectories, seed, rows, **self._sampler_options)
 
     def train_dataloader(self) -> DataLoader[Loaded | Refused]:
+        self.check_frozen()
         trainer = self.trainer
         rank, world, step = (trainer.global_rank, trainer.world_size, trainer.global_step) if trainer else (0, 1, 0)
         share = Share(self.pairs_per_step, self.micro_batches, rank, world)
@@ -388,7 +494,10 @@ class PairDataModule(L.LightningDataModule):
 
     def dataset(self, sampler: PairSampler, share: Share, augment: Augmentation | None = None) -> PairDataset:
         """What loader processes get."""
-        return PairDataset(self.corpus, sampler, self._preprocess, share, self._supervise_both, augment, self._min_side)
+        return PairDataset(
+            self.corpus, sampler, self._preprocess, share, self._supervise_both, augment, self._min_side, self.views,
+            self._remaining, self._features,
+        )  # fmt: skip
 
     def loader(self, dataset: PairDataset, orders: Onward, workers: int) -> DataLoader[Loaded | Refused]:
         """Micro-batches in the order of `orders`, made by so many processes (0: by this one)."""
@@ -407,6 +516,12 @@ class PairDataModule(L.LightningDataModule):
         Raises:
             UserError: one that arose in a loader process; or too much of the corpus can not be decoded.
         """
+        with together():  # what one process cannot read ends all of them
+            self._judge(batch)
+        assert isinstance(batch, Loaded)
+        return batch.batch.to(device)
+
+    def _judge(self, batch: Loaded | Refused) -> None:
         if isinstance(batch, Refused):
             raise UserError(batch.message)
         for trajectory, what in batch.replaced:
@@ -415,7 +530,6 @@ class PairDataModule(L.LightningDataModule):
                 log.warning("trajectory %r can not be decoded (%s): other pairs take its place", trajectory, what)
         if self.trainer is not None and self.trainer.training:
             self._count(batch)
-        return batch.batch.to(device)
 
     def _count(self, batch: Loaded) -> None:
         self.read += batch.read

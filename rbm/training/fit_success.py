@@ -15,6 +15,7 @@ from rbm.model.calibration import fit_calibration
 from rbm.sampling import Table, clip_targets
 from rbm.sampling.table import outcome
 from rbm.training.data import PairDataModule
+from rbm.training.views import NoView
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) 
     as much as all others together: the verdict at the end is what success detection goes by. What can not be decoded
     is named and left out. Without validation trajectories the head stays as it is.
     """
-    corpus, columns = data.corpus, data.corpus.columns
+    corpus, columns = data.corpus, data.trajectories.columns
     found = Table.of(corpus, data.split.validation).row
     chosen = found[pick_frames(len(found), MOST)].tolist() if len(found) else []
     device = next(model.parameters()).device
@@ -41,8 +42,8 @@ def fit_success(model: RewardModel, data: PairDataModule, batch_size: int = 32) 
         for row in chosen[begin : begin + batch_size]:
             frames = pick_frames(columns.n_frames.item(row), model.context_frames)
             try:
-                clips.append((model.preprocess(corpus.frames(row, frames)), corpus.tasks[columns.task.item(row)].text))
-            except CorruptPayload as error:
+                clips.append((data.pictures(row, frames), corpus.tasks[columns.task.item(row)].text))
+            except (CorruptPayload, NoView) as error:
                 log.warning("left out of the calibration of success: %s", error)
                 continue
             rows.append(row)

@@ -2,11 +2,12 @@
 
     run_dir/
       config.yaml          the configuration, complete
-      checkpoints/         last.ckpt (Lightning; what a run resumes from)
+      checkpoints/         last.ckpt (Lightning; what a run resumes from; under FSDP a folder)
       logs/version_*/      metrics.csv and TensorBoard events, a folder for each time it was started
       model/               the finished model: config.json, model.safetensors
 
-The same command again continues an unfinished run at the step at which it stopped.
+The same command again continues an unfinished run at the step at which it stopped. Of several processes each runs all
+of this; the first one writes what is not a share of a checkpoint, and speaks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pickle
 import subprocess
 import warnings
 from importlib.util import find_spec
@@ -33,10 +33,13 @@ from rbm.assets import nano_weights
 from rbm.config import instantiate, plain
 from rbm.errors import UserError
 from rbm.model import RewardModel
+from rbm.model.adapter import NAME, has_lora, save_trained
+from rbm.model.lightning_file import read_rest
 from rbm.training.callbacks import Facts, ReplacedPairs, StepProgress, StopCleanly, console
 from rbm.training.data import PairDataModule
 from rbm.training.fit_success import fit_success
 from rbm.training.module import RewardModule
+from rbm.training.parallel import PATIENCE, Elsewhere, company, first_process, latest, placement, together
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ def train(config: DictConfig) -> Path:
     Raises:
         UserError: a run folder of another configuration, a corpus or option that does not fit, a full disk.
         Interrupted: after Ctrl-C, when the checkpoint is written.
+        SystemExit: the same in a process that is not the first, or in one that has not failed when another has.
     """
     folder = Path(config.run_dir)
     finished = folder / MODEL_FOLDER
@@ -65,9 +69,12 @@ def train(config: DictConfig) -> Path:
     try:
         _check_claim(folder, config)
         if (finished / "config.json").exists():
-            console.print(f"{folder} is finished; its model is {finished}", markup=False)
+            if first_process():
+                console.print(f"{folder} is finished; its model is {finished}", markup=False)
             return finished
         return _train(config, folder, finished)
+    except Elsewhere:
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
@@ -81,10 +88,10 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     L.seed_everything(config.seed, verbose=False)
-    model = _start(config)
+    model = start_model(config)
     data: PairDataModule = instantiate(config.data, model=model)
     module: RewardModule = instantiate(config.optimization, model=model)
-    _claim(folder, config)  # not before all that could be refused has been made
+    data.check_frozen()
     facts = {
         "version": rbm.__version__,
         "revision": git_revision(),
@@ -94,31 +101,63 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
         "tasks": data.tasks,
         "config": plain(config),
     }
+    base = base_of(config)
     stop = StopCleanly()
-    trainer = _trainer(config, folder, data, facts, stop)
+    trainer = _trainer(config, folder, data, facts | architecture(model, base), stop)
+    if config.threads and trainer.world_size > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # else Lightning sets a number of its own
+    if trainer.is_global_zero:
+        _claim(folder, config)  # not before all that could be refused has been made
     last = folder / "checkpoints" / "last.ckpt"
-    resume = str(last) if last.exists() else None
+    resume = latest(last)
     if resume:
-        _check_checkpoint(last, data)
-        console.print(f"continuing {folder} from its last checkpoint", markup=False)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except RuntimeError as error:
-        if isinstance(error.__context__, UserError):  # a loader process that died while it was stopped hides the reason
-            raise error.__context__ from None
-        raise
-    if trainer.global_step < trainer.max_steps:
-        trainer.save_checkpoint(last, weights_only=False)
-        raise Interrupted(
-            f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command continues from there"
-        )
-    model.eval()
-    fit_success(model, data)
-    model.save_pretrained(str(finished), facts | {"steps": trainer.global_step})
+        _check_checkpoint(resume, data)
+        if trainer.is_global_zero:
+            console.print(f"continuing {folder} from its last checkpoint", markup=False)
+    with company(trainer):
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        except RuntimeError as error:
+            if isinstance(error.__context__, UserError):  # a loader process that died while stopped hides the reason
+                raise error.__context__ from None
+            raise
+        if trainer.global_step < trainer.max_steps:
+            trainer.save_checkpoint(last, weights_only=False)
+            if not trainer.is_global_zero:
+                raise SystemExit(0)
+            raise Interrupted(
+                f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command continues from there"
+            )
+        trained = module.trained()
+        with together(PATIENCE):
+            if trained is not None and trainer.is_global_zero:
+                trained.to(trainer.strategy.root_device).eval()
+                with trainer.precision_plugin.forward_context():
+                    fit_success(trained, data)
+                save_trained(trained, finished, facts | {"steps": trainer.global_step}, base)
     return finished
 
 
-def _start(config: DictConfig) -> RewardModel:
+def architecture(model: RewardModel, base: str | None) -> dict[str, Any]:
+    """What makes a model of a checkpoint's tensors (`rbm.model.lightning_file`)."""
+    lora: Any = model.peft_config if has_lora(model) else None
+    return {
+        "model": model.config(),
+        "files": model.backbone.files(),
+        "base": base,
+        "lora_alpha": None if lora is None else lora[NAME].lora_alpha,
+    }
+
+
+def base_of(config: DictConfig) -> str | None:
+    """Where the weights that a run starts from can be had again: a folder or a hub id; none for random ones."""
+    if config.init is not None:
+        return str(nano_weights() if config.init == "nano" else config.init)
+    base = config.model.backbone.get("base")
+    return None if base is None else str(base)
+
+
+def start_model(config: DictConfig) -> RewardModel:
     """The model that training starts from: random weights, or those of `init`."""
     if config.init is None:
         return instantiate(config.model)
@@ -132,9 +171,7 @@ def _trainer(
     options = plain(config.trainer)
     every = options.pop("checkpoint_every")
     wandb = options.pop("wandb")
-    if options["precision"] == "auto":
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        options["precision"] = "bf16-mixed" if bf16 else "32-true"
+    options |= placement(options)
     logs = folder / "logs"
     loggers: list[Logger] = [
         CSVLogger(folder, name="logs", flush_logs_every_n_steps=options["log_every_n_steps"]),
@@ -215,11 +252,10 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def _check_checkpoint(path: Path, data: PairDataModule) -> None:
     """A checkpoint that cannot be read, or that stands on other data, is told before anything is loaded from it."""
     try:
-        facts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["rbm"]
-    except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        facts = read_rest(path)["rbm"]
+    except UserError as error:
         raise UserError(
-            f"{path} cannot be read, it may be truncated: delete it to start the run again "
-            f"({' '.join(str(error).split())[:200]})"
+            f"{path} cannot be read, it may be truncated: delete it to start the run again ({error})"
         ) from error
     if facts["snapshot"] != data.corpus.snapshot:
         raise UserError(

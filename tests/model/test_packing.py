@@ -102,7 +102,7 @@ def test_a_clip_alone_equals_transformers_own_forward(model):
 
 
 def test_clips_of_any_length_and_size_score_in_a_batch_as_alone(model):
-    clips = [(clip(0, 5), TASK), (clip(1, 1, 32, 32), TASK), (clip(2, 8, 96, 64), "close it"), (clip(3, 2), "close it")]
+    clips = [(clip(0, 5), TASK), (clip(1, 1, 64, 64), TASK), (clip(2, 8, 96, 64), "close it"), (clip(3, 2), "close it")]
     together = states(model, clips)
     alone = [states(model, [one]) for one in clips]
     torch.testing.assert_close(together.frames, torch.cat([one.frames for one in alone]), atol=1e-5, rtol=0)
@@ -172,7 +172,7 @@ def test_frames_that_clips_share_are_encoded_once(model, monkeypatch):
 
 
 def test_features_stand_for_frames(model):
-    frames, other = clip(0, 4), clip(1, 3, 32, 64)
+    frames, other = clip(0, 4), clip(1, 3, 64, 128)
     with torch.inference_mode():
         features = model.backbone.encode(frames)
     assert features.shape == (4, 2, 2, 3, 64)  # the fixture's tower: merged tokens and one deepstack level
@@ -190,7 +190,7 @@ def test_gradients_of_a_pack_are_those_of_its_clips_alone():
     model = tiny_vlm.qwen3_model().train()
     for head in (model.progress_head, model.success_head, model.preference_head):
         head.eval()  # no dropout
-    clips = [(clip(0, 3), TASK), (clip(1, 5), TASK), (clip(2, 2, 32, 32), "close it")]
+    clips = [(clip(0, 3), TASK), (clip(1, 5), TASK), (clip(2, 2, 64, 64), "close it")]
 
     def gradients(batches):
         model.zero_grad()

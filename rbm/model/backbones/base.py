@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -50,8 +50,14 @@ class Backbone(nn.Module, ABC):
 
     name: ClassVar[str]
     """Its key in `BACKBONES`, stored with the weights."""
+    freezes_tower: ClassVar[bool] = False
+    """Whether training leaves the tower as it is, unless it is told otherwise."""
+    never_trained: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that no training changes, and that not every process runs at every step."""
     hidden: int
     """d, the width of the hidden states."""
+    views: tuple[str, ...] = ()
+    """Names of the views of a step, in the order of `ClipBatch.frame_ids`; empty: one, whichever comes first."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -94,6 +100,25 @@ class Backbone(nn.Module, ABC):
     def encoded(self, batch: ClipBatch) -> list[Tensor]:
         """Features of each group of the batch's frames; those that are features already stay."""
         return [group if group.is_floating_point() else self.encode(group) for group in batch.frames]
+
+
+def view_names(views: Sequence[str]) -> tuple[str, ...]:
+    """The names of a model's views.
+
+    Raises:
+        ValueError: something else than different names.
+    """
+    named = not isinstance(views, str) and isinstance(views, Sequence) and all(isinstance(v, str) and v for v in views)
+    if not named or len(set(views)) < len(views):
+        raise ValueError(f"views must be different names, such as [near, wrist], not {views!r}")
+    return tuple(views)
+
+
+def check_views(batch: ClipBatch, views: tuple[str, ...]) -> None:
+    """Raises ValueError for a batch with more views a step than the model knows."""
+    shown, known = batch.frame_ids.shape[1], max(1, len(views))
+    if shown > known:
+        raise ValueError(f"a batch with {shown} views a step, the model reads {', '.join(views) or 'one'}")
 
 
 def check_pairs(mode: PairMode, pairs: Tensor | None, clips: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rbm.model.backbones.base import Backbone, PairMode, States, check_pairs
-from rbm.model.batch import ClipBatch
-from rbm.model.layout import N_MARKERS, Kind, Row, causal_row, clip_row, joint_row, visible
-
-PADDING = -1
-"""In the column `kind` of padded rows."""
+from rbm.model.backbones.transformer import RowBackbone
+from rbm.model.layout import N_MARKERS
 
 
 @dataclass(frozen=True)
@@ -69,38 +66,7 @@ class FrameEncoder(nn.Module):
         return self.norm(self.project(x.flatten(1)))
 
 
-def rotary(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary position encoding (RoFormer, arXiv 2104.09864): x (B, heads, L, D), position (B, L)."""
-    half = x.shape[-1] // 2
-    frequency = 100.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position[:, None, :, None].float() * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: x (B, L, d), mask bool (B, 1, L, L), position (B, L)."""
-
-    def __init__(self, hidden: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
-        self.norm_mlp = nn.LayerNorm(hidden)
-        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-        B, L, d = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotary(q, position), rotary(k, position), v, attn_mask=mask)
-        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(B, L, d)))
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
-
-
-class NanoBackbone(Backbone):
+class NanoBackbone(RowBackbone):
     """The `nano` backbone.
 
     Args:
@@ -111,7 +77,8 @@ class NanoBackbone(Backbone):
         words: rows of the hashed word table.
         max_words: longer instructions are cut here.
         dropout: in the transformer, while training.
-        views: how many views a step may show; each has a learned vector, and a step is the mean of those there.
+        views: names of the views that a step shows, where they are several: each has a learned gain and shift, and a
+            step is the mean of those that are there. Empty: one view, whichever comes first.
     """
 
     name = "nano"
@@ -126,27 +93,20 @@ class NanoBackbone(Backbone):
         words: int = 4096,
         max_words: int = 64,
         dropout: float = 0.0,
-        views: int = 1,
+        views: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if hidden % (2 * heads):
-            raise ValueError(f"hidden ({hidden}) must be a multiple of twice the heads ({heads})")
-        self.image_size, self.width, self.hidden = image_size, width, hidden
-        self.layers, self.heads, self.words, self.max_words, self.dropout = layers, heads, words, max_words, dropout
-        self.views = views
+        self.image_size, self.width, self.words, self.max_words = image_size, width, words, max_words
         self.frame_encoder = FrameEncoder(hidden, width, image_size)
         self.word_embedding = nn.Embedding(words, hidden)
         self.marker_embedding = nn.Embedding(N_MARKERS, hidden)
         nn.init.normal_(self.word_embedding.weight, std=0.5)
         nn.init.normal_(self.marker_embedding.weight, std=0.5)
-        if views > 1:
-            self.view_embedding = nn.Embedding(views, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(hidden)
+        self.add_transformer(hidden, layers, heads, dropout, views)
 
     def config(self) -> dict[str, Any]:
-        names = ("image_size", "width", "hidden", "layers", "heads", "words", "max_words", "dropout", "views")
-        return {name: getattr(self, name) for name in names}
+        names = ("image_size", "width", "hidden", "layers", "heads", "words", "max_words", "dropout")
+        return {name: getattr(self, name) for name in names} | {"views": list(self.views)}
 
     @property
     def preprocessor(self) -> SquareResize:
@@ -164,59 +124,5 @@ class NanoBackbone(Backbone):
         parts = re.findall(r"\w+|[^\w\s]", task.lower())[: self.max_words]
         return np.array([zlib.crc32(part.encode()) % self.words for part in parts], np.int64)
 
-    def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
-        rows = self._rows(batch, mode, pairs)
-        kind, source, position, mask = _padded(rows, batch.frame_ids.device)
-        tokens = self._steps(batch)
-
-        x = self.marker_embedding((kind - Kind.SPLIT).clamp(min=0))
-        text, shown = kind == Kind.TEXT, kind == Kind.FRAME
-        x = torch.where(text[..., None], self.word_embedding(torch.where(text, source, 0)), x)
-        x = torch.where(shown[..., None], tokens[torch.where(shown, source, 0)].to(x.dtype), x)
-        for block in self.blocks:
-            x = block(x, mask, position)
-        x = self.norm(x)
-
-        frames = torch.empty(len(batch.frame_ids), self.hidden, dtype=x.dtype, device=x.device)
-        frames = frames.index_copy(0, source[shown], x[shown])
-        return States(frames, None if mode is PairMode.CLIPS else x[kind == Kind.PREFERENCE])
-
-    def _steps(self, batch: ClipBatch) -> Tensor:
-        """One token a step: float (F, d)."""
-        tokens = torch.cat([features.flatten(1) for features in self.encoded(batch)])
-        if self.views == 1:
-            return tokens[batch.frame_ids[:, 0]]
-        there = (batch.frame_ids >= 0)[..., None]
-        seen = tokens[batch.frame_ids.clamp(min=0)] + self.view_embedding.weight[: batch.frame_ids.shape[1]]
-        return (seen * there).sum(1) / there.sum(1)
-
-    def _rows(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None) -> list[Row]:
-        lengths = batch.lengths.tolist()
-        ends = np.cumsum(lengths)
-        steps = [np.arange(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-        text = [self.words_of(task) for task in batch.tasks]
-        if mode in (PairMode.CLIPS, PairMode.READOUT):
-            return [clip_row(words, shown, mode is PairMode.READOUT) for words, shown in zip(text, steps, strict=True)]
-        used = check_pairs(mode, pairs, len(lengths))
-        make = joint_row if mode is PairMode.JOINT else causal_row
-        # the instruction of a pair is its first clip's, as in the published layout
-        return [make(text[a], steps[a], steps[b]) for a, b in used]
-
-
-def _padded(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows side by side: kind, source, position int64 (R, L) and the mask bool (R, 1, L, L)."""
-    longest = max(len(row) for row in rows)
-    kind = np.full((len(rows), longest), PADDING, np.int64)
-    source = np.zeros_like(kind)
-    position = np.zeros_like(kind)
-    mask = np.zeros((len(rows), 1, longest, longest), bool)
-    for index, row in enumerate(rows):
-        length = len(row)
-        kind[index, :length] = row.kind
-        source[index, :length] = row.source
-        position[index, :length] = row.position
-        mask[index, 0, :length, :length] = visible(row.segment)
-        # padding looks at the first unit: a line of the mask without any True would be NaN
-        mask[index, 0, length:, 0] = True
-    tensors = [torch.from_numpy(array).to(device) for array in (kind, source, position, mask)]
-    return tensors[0], tensors[1], tensors[2], tensors[3]
+    def text(self, tasks: Sequence[str]) -> tuple[list[NDArray[np.int64]], Tensor]:
+        return [self.words_of(task) for task in tasks], self.word_embedding.weight

@@ -14,21 +14,27 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from rbm.errors import UserError
 from rbm.model import packing
-from rbm.model.backbones.base import Backbone, PairMode, Preprocessor, States, check_pairs
+from rbm.model.backbones.base import Backbone, PairMode, Preprocessor, States, check_pairs, check_views, view_names
 from rbm.model.batch import ClipBatch
 from rbm.model.packing import Pack, Packer, Picture, Place
-from rbm.model.pixels import AsIs, PillowResize, fitting_size, tensor_resize
+from rbm.model.pixels import AsIs, PillowResize, PillowSquare, tensor_resize
 from rbm.model.prompt import ISOLATED, MARKERS, Prompt
 from rbm.model.tokens import TOKENIZER, Words
+from rbm.model.weights import State, fill, read_folder, read_json
 
 POOLINGS = ("token", "mean", "last", "attention")
+
+VIEW_PICTURE = "Picture {k} ({view}): "
+"""What the default prompt writes before a picture where steps show named views."""
 
 ENCODE_TOKENS = 65536
 """Visual tokens that the tower gets at once while nothing is trained in it."""
@@ -40,19 +46,22 @@ class VisionLanguageBackbone(Backbone):
     Args:
         architecture: transformers' configuration of it, as a dict (what its config.json holds).
         tokenizer: content of its tokenizer.json.
-        prompt: the words around the frames.
+        prompt: the words around the frames, or the name of known ones (`rbm.model.prompt.PROMPTS`).
         pooling: where a frame is read: `token` (the one behind the step), or over the tokens of its pictures: `mean`,
             `last`, `attention` (softmax of a learned score by `pool_temperature`).
         resize: `pillow` (in the loader, published weights' own) or `device` (bicubic on tensors; see `tensor_resize`).
-        views: names of views, where steps show several.
-        view_tags: how views are told apart: `text` (the prompt's `{view}`) or `embedding` (a learned vector).
+        views: names of the views that a step shows, where they are several; empty: one view, whichever comes first.
+        view_tags: how views are told apart: `text` (the prompt's `{view}`; the default prompt gets one) or `embedding`
+            (a learned vector).
 
     Raises:
-        ValueError: an option that does not exist. UserError: a tokenizer that does not fit.
+        ValueError: an option that does not exist, or a prompt that does not name the views. UserError: a
+            tokenizer that does not fit.
     """
 
     default_prompt: ClassVar[Prompt] = ISOLATED
     grid_positions: ClassVar[bool] = True
+    freezes_tower: ClassVar[bool] = True
     unit: int
     """Pixels of a visual token's side."""
 
@@ -60,7 +69,7 @@ class VisionLanguageBackbone(Backbone):
         self,
         architecture: Mapping[str, Any],
         tokenizer: str,
-        prompt: Prompt | Mapping[str, Any] | None = None,
+        prompt: Prompt | Mapping[str, Any] | str | None = None,
         pooling: str = "token",
         pool_temperature: float = 1.0,
         resize: str = "pillow",
@@ -76,22 +85,21 @@ class VisionLanguageBackbone(Backbone):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         packing.register()
-        self.prompt = Prompt.of(prompt if prompt is not None else self.default_prompt)
+        self.views, self.view_tags = view_names(views), view_tags
+        self.prompt = self._tagged(Prompt.of(prompt if prompt is not None else self.default_prompt))
         if (pooling == "token") != bool(self.prompt.frame):
             raise ValueError("pooling='token' needs a prompt with a token after each step, the others one without")
         self.words = Words(tokenizer, [self.prompt.pad])
         self.pooling, self.pool_temperature, self.resize = pooling, pool_temperature, resize
-        self.views, self.view_tags = tuple(views), view_tags
         self.model: Any = self._build(dict(architecture))
         self.hidden = int(self.language.config.hidden_size)
         self.markers = nn.Embedding(len(MARKERS), self.hidden)
-        self.start_markers()
         self.frame_pool_attn = nn.Linear(self.hidden, 1, bias=False)
         if pooling != "attention":
             self.frame_pool_attn.requires_grad_(False)
         if view_tags == "embedding":
-            self.view_embedding = nn.Embedding(max(1, len(views)), self.hidden)
-            nn.init.zeros_(self.view_embedding.weight)
+            self.view_embedding = nn.Embedding(max(1, len(self.views)), self.hidden)
+        self.start()
 
     # what a family of models says of itself
 
@@ -120,11 +128,32 @@ class VisionLanguageBackbone(Backbone):
         """Rows and columns of the visual tokens of one frame of a group."""
         if group.is_floating_point():
             return group.shape[2], group.shape[3]
-        resize = self._resize
-        height, width = fitting_size(group.shape[1], group.shape[2], resize.unit, resize.least, resize.most)
+        height, width = group.shape[1:3]
+        if self.resize == "device":
+            height, width = self._resize.size(height, width)
+        if (height, width) != self._resize.size(height, width):
+            raise ValueError(f"frames of {height}×{width} pixels have not gone through the backbone's preprocessor")
         return height // self.unit, width // self.unit
 
     # the rest is shared
+
+    def _tagged(self, prompt: Prompt) -> Prompt:
+        """The prompt, which must name the views where text tells them apart; the default one is made to.
+
+        Raises:
+            ValueError: another prompt that does not, or names views that the model does not have.
+        """
+        named = "{view}" in prompt.picture
+        if self.views and self.view_tags == "text" and not named:
+            if prompt != self.default_prompt:
+                raise ValueError(
+                    f"the prompt's picture {prompt.picture!r} does not tell the views apart: write {{view}} into it, "
+                    "such as 'Picture {k} ({view}): ', or set view_tags='embedding'"
+                )
+            return replace(prompt, picture=VIEW_PICTURE)
+        if named and not self.views:
+            raise ValueError(f"the prompt's picture {prompt.picture!r} names views: say which in views")
+        return prompt
 
     def config(self) -> dict[str, Any]:
         return {
@@ -156,15 +185,59 @@ class VisionLanguageBackbone(Backbone):
         found: nn.Embedding = self.language.get_input_embeddings()
         return found
 
-    def start_markers(self) -> None:
-        """Give the markers the mean of the other tokens: where a model of words alone begins to be trained."""
+    @classmethod
+    def from_base(cls, base: str, **options: Any) -> Self:
+        """Start from a plain vision-language model, in the precision in which its weights are stored.
+
+        Args:
+            base: a folder, or an id on the Hugging Face hub.
+            options: arguments of the constructor, but architecture and tokenizer.
+
+        Raises:
+            UserError: the base cannot be had, or is another kind of model.
+        """
+        folder = found_base(base)
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != cls.name:
+            raise UserError(
+                f"{base} is a model of type {config.get('model_type')!r}, {cls.__name__} needs {cls.name!r}"
+            )
+        if not (folder / TOKENIZER).is_file():
+            raise UserError(f"{base} has no {TOKENIZER}")
+        with without_random_weights():
+            backbone = cls(config, (folder / TOKENIZER).read_text(), **options)
+        fill(backbone.model, backbone.base_keys(read_folder(folder)), base)
+        backbone.start()
+        return backbone
+
+    def base_keys(self, state: State) -> State:
+        """Tensors of a published base model under the names of `self.model`."""
+        expected = self.model.state_dict().keys()
+        table = next(name for name, x in self.model.named_parameters() if x is self.embedding.weight)
+        found = {name.removeprefix("model."): x for name, x in state.items()}
+        head = found.pop("lm_head.weight", None)
+        if head is not None and table in expected:
+            found.setdefault(table, head)
+        return found
+
+    def start(self) -> None:
+        """Numbers to begin with for what a plain vision-language model does not have.
+
+        A marker that the tokenizer had already has its row of the table; a new one starts near the mean of all rows.
+        """
         with torch.no_grad():
             table = self.embedding.weight
-            spread = table.float().std() * torch.randn(len(MARKERS), self.hidden, device=table.device)
-            self.markers.weight.copy_(table.float().mean(0) + spread)
+            rows = table.float().mean(0) + table.float().std() * torch.randn(len(MARKERS), self.hidden).to(table.device)
+            for row, (token, place) in enumerate(zip(MARKERS, self.words.markers, strict=True)):
+                if token not in self.words.added and place < len(table):
+                    rows[row] = table[place]
+            self.markers.weight.copy_(rows)
+            nn.init.normal_(self.frame_pool_attn.weight, std=self.hidden**-0.5)
+            if self.view_tags == "embedding":
+                nn.init.zeros_(self.view_embedding.weight)
 
     @property
-    def _resize(self) -> PillowResize:
+    def _resize(self) -> PillowResize | PillowSquare:
         return PillowResize(self.unit)
 
     @property
@@ -172,9 +245,8 @@ class VisionLanguageBackbone(Backbone):
         return self._resize if self.resize == "pillow" else AsIs()
 
     def encode(self, frames: Tensor) -> Tensor:
-        resize = self._resize
         if self.resize == "device":
-            frames = tensor_resize(frames, resize.unit, resize.least, resize.most)
+            frames = tensor_resize(frames, self._resize.size(*frames.shape[1:3]))
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.tower.parameters()):
             return self._encode(frames)
         with torch.no_grad():
@@ -235,6 +307,7 @@ class VisionLanguageBackbone(Backbone):
         prompt, words = self.prompt, self.words
         for task in set(batch.tasks):
             words.check(task)
+        check_views(batch, self.views)
         writer = _Writer(self, batch)
         used = check_pairs(mode, pairs, len(batch.tasks)) if mode in (PairMode.JOINT, PairMode.CAUSAL) else []
         if mode in (PairMode.CLIPS, PairMode.READOUT):
@@ -270,9 +343,10 @@ class VisionLanguageBackbone(Backbone):
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Trade time for memory: hidden states of a block are computed again on the way back."""
         if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            self.model.disable_input_require_grads()  # else all of a frozen tower goes into the way back
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
 
 class _Writer:
@@ -303,10 +377,8 @@ class _Writer:
         return sum(len(views) for _, views in self.shown(clip))
 
     def steps(self, clip: int, start: int = 1) -> str:
-        names = self.backbone.views
-        views = tuple(
-            tuple(names[view] if view < len(names) else "" for view in views) for _, views in self.shown(clip)
-        )
+        names = self.backbone.views or ("",)
+        views = tuple(tuple(names[view] for view in views) for _, views in self.shown(clip))
         return self.backbone.prompt.steps(len(views), views, start)
 
     def branch(self, text: str, clips: Sequence[int] = (), before: tuple[int, ...] = ()) -> int:
@@ -318,6 +390,21 @@ class _Writer:
         ]
         steps = [step for clip in clips for step in self.spans[clip]]
         return self.packer.add(self.backbone.words.encode(text), pictures, steps, before)
+
+
+def found_base(base: str) -> Path:
+    """The folder of a base model, fetched from the hub if it is not here.
+
+    Raises:
+        UserError: neither a folder nor an id, or it cannot be fetched.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from rbm.model.hub import fetch, is_hub_id
+
+    if not is_hub_id(base):
+        raise UserError(f"base model {base!r} is neither a folder nor an id such as Qwen/Qwen3-VL-4B-Instruct")
+    return fetch(base)
 
 
 def plain_architecture(config: Any) -> dict[str, Any]:
