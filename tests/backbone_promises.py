@@ -38,7 +38,12 @@ def clips_of_any_length_score_in_a_batch_as_alone(model: RewardModel) -> None:
 def a_neighbours_pixels_change_nothing(model: RewardModel) -> None:
     for mode in (PairMode.CLIPS, PairMode.READOUT, PairMode.JOINT, PairMode.CAUSAL):
         pairs = PAIRS if mode in (PairMode.JOINT, PairMode.CAUSAL) else None
-        clips = [(clip(model, 0, 4), TASK), (clip(model, 1, 3), TASK), (clip(model, 2, 4), OTHER), (clip(model, 3, 6), OTHER)]
+        clips = [
+            (clip(model, 0, 4), TASK),
+            (clip(model, 1, 3), TASK),
+            (clip(model, 2, 4), OTHER),
+            (clip(model, 3, 6), OTHER),
+        ]
         one = states(model, clips, mode, pairs)
         two = states(model, [(clip(model, 7, 4), TASK), *clips[1:]], mode, pairs)
         assert not torch.allclose(one.frames[:4], two.frames[:4], atol=1e-4)
@@ -68,7 +73,8 @@ def features_stand_for_frames(model: RewardModel) -> None:
     frames = clip(model, 0, 4)
     with torch.inference_mode():
         features = model.backbone.encode(frames)
-    assert features.ndim == 5 and len(features) == 4
+    assert features.ndim == 5
+    assert len(features) == 4
     close(states(model, [(features, TASK)]).frames, states(model, [(frames, TASK)]).frames)
 
 

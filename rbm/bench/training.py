@@ -297,23 +297,24 @@ def _timed(
     """Seconds of each way's steps, and peak memory on a card; the ways take turns on the same batches."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=device.type == "cuda")
-    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "peak": 0} for way in ways}
+    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "cpu": [], "peak": 0} for way in ways}
     for number in range(steps + 1):
         sample = samples[number % len(samples)]
         for way in ways:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            start = _now(device)
+            start, cpu = _now(device), time.process_time()
             output = _forward(model, plain, sample, way)
             reward_losses(output, sample.pairs.targets, sample.pairs.counts, LossWeights()).total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            seconds = _now(device) - start
+            seconds, cpu = _now(device) - start, time.process_time() - cpu
             if number:  # the first warms up
                 found[way]["seconds"].append(seconds)
+                found[way]["cpu"].append(cpu)
             if device.type == "cuda":
                 found[way]["peak"] = max(found[way]["peak"], torch.cuda.max_memory_allocated(device))
-            _say(f"step {number} {way}: {seconds:.2f} s")
+            _say(f"step {number} {way}: {seconds:.2f} s, {cpu:.2f} s of them on a core")
     return found
 
 

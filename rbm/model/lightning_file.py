@@ -6,8 +6,9 @@
       __RANK_N.distcp       tensors, each a piece of torch.save
       meta.pt               all that is no tensor: a file of torch.save
 
-Nothing is unpickled freely: files of torch.save are read with `weights_only`, and of `.metadata` an unpickler takes only
-the classes that it is made of. Both kinds hold facts under the key `rbm`, among them what a model is made from.
+Nothing is unpickled freely: files of torch.save are read with `weights_only`, and `.metadata` by an unpickler that
+takes only the classes of which such metadata are made. Both kinds hold facts under the key `rbm`, among them what a
+model is made from.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from rbm.errors import UserError
+from rbm.model.adapter import base_weights, fingerprint, merged_state, plain_name
 from rbm.model.checkpoint import empty
 from rbm.model.reward_model import RewardModel
-from rbm.model.weights import fill
+from rbm.model.weights import State, fill
 
 METADATA, REST = ".metadata", "meta.pt"
 STATE = "state_dict"
@@ -44,7 +46,7 @@ _CLASSES = {
     "torch": {"Size"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-_UNREADABLE = (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, IndexError, ImportError, OSError,
+_UNREADABLE = (RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError, ImportError, OSError,
                pickle.UnpicklingError)  # fmt: skip
 
 
@@ -52,9 +54,8 @@ class _Restricted(pickle.Unpickler):
     """Takes what the metadata of torch.distributed.checkpoint is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _CLASSES.get(module, ()) or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module.startswith("pathlib"):
             return PurePosixPath
@@ -136,7 +137,7 @@ def load_lightning(path: str | os.PathLike[str]) -> RewardModel:
         UserError: the file is truncated or something else, or keys are missing or unknown (they are listed).
     """
     found = read_rest(path)
-    return _model(found["rbm"], found.get(STATE, {}), str(path))
+    return _model(found, found.get(STATE, {}), str(path))
 
 
 def load_sharded(folder: str | os.PathLike[str]) -> RewardModel:
@@ -146,7 +147,7 @@ def load_sharded(folder: str | os.PathLike[str]) -> RewardModel:
         UserError: a file is missing or truncated or something else, or keys are missing or unknown (they are listed).
     """
     source = Path(folder)
-    facts = read_rest(source)["rbm"]
+    rest = read_rest(source)
     described = read_metadata(source).state_dict_metadata
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -159,7 +160,7 @@ def load_sharded(folder: str | os.PathLike[str]) -> RewardModel:
             load(wanted, storage_reader=ShardReader(source), no_dist=True)
     except (*_UNREADABLE, CheckpointException) as error:
         raise UserError(f"shards of {source} cannot be read: {_line(cause(error))}") from error
-    return _model(facts, {name.removeprefix(f"{STATE}."): x for name, x in wanted.items()}, str(source))
+    return _model(rest, {name.removeprefix(f"{STATE}."): x for name, x in wanted.items()}, str(source))
 
 
 def cause(error: BaseException) -> BaseException:
@@ -169,19 +170,38 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
-def _model(facts: Mapping[str, Any], state: Mapping[str, Any], what: str) -> RewardModel:
+def _model(rest: Mapping[str, Any], state: Mapping[str, Any], what: str) -> RewardModel:
+    facts: dict[str, Any] = rest["rbm"]
     if not isinstance(facts.get("model"), dict):
         raise UserError(f"{what} does not say how its model is made: continue its run once with this version")
     named = {name.removeprefix(MODULE): tensor for name, tensor in state.items() if name.startswith(MODULE)}
+    if "left_out" in rest:
+        named |= _left_out(facts, {plain_name(name) for name in named}, rest["left_out"], what)
     if any(".lora_" in name for name in named):
-        from rbm.model.adapter import merged_state
-
         named = merged_state(named, float(facts["lora_alpha"]), what)
     if len({tensor.dtype for tensor in named.values() if tensor.is_floating_point()}) > 1:
         named = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in named.items()}
     model = empty(facts["model"], facts.get("files", {}))
     fill(model, named, what)
     return model.eval()
+
+
+def _left_out(facts: Mapping[str, Any], there: set[str], known: str, what: str) -> State:
+    """Weights that a run did not train and so did not write, from where it had them.
+
+    Raises:
+        UserError: they cannot be had, or are others now.
+    """
+    if facts.get("base") is None:
+        raise UserError(f"{what} lacks weights that its run did not train, and they were random: let the run finish")
+    found = base_weights(facts["base"], facts["model"]["backbone"]["type"], what)
+    found = {name: tensor for name, tensor in found.items() if name not in there}
+    if fingerprint(found) != known:
+        raise UserError(
+            f"{what} was trained on other weights than {facts['base']} holds now: bring them back as they were"
+        )
+    dtype = facts.get("frozen_dtype")
+    return found if dtype is None else {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
 
 
 def _line(error: BaseException) -> str:

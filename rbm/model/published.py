@@ -260,6 +260,8 @@ def _expressible(model: RewardModel) -> VisionLanguageBackbone:
         problems.append("its prompt is another")
     if backbone.views:
         problems.append("its steps show several views")
+    if model.remaining:
+        problems.append("it has a head for the time that remains")
     if problems:
         raise UserError(f"published layouts cannot hold this model: {'; '.join(problems)}")
     return backbone

@@ -166,6 +166,8 @@ def with_completion(corpus: Trajectories, completion: Mapping[str, float]) -> Tr
     Raises:
         UserError: a source that the corpus does not have, or a cut-off outside (0, 1].
     """
+    if not isinstance(completion, Mapping):
+        raise UserError(f"data.completion is {completion!r}: write {{source: fraction}}, such as {{lab: 0.95}}")
     unknown = sorted(completion.keys() - set(corpus.sources))
     if unknown:
         there = ", ".join(repr(name) for name in corpus.sources)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -48,8 +49,7 @@ FILE_BYTES = 1 << 30
 COMMIT_SECONDS = 1.0
 """So much work a killed writer loses."""
 
-DTYPES = {"float32": (torch.float32, "<f4"), "bfloat16": (torch.bfloat16, "<i2"), "float16": (torch.float16, "<f2")}
-"""Name -> type in torch, and that of the files for numpy, which has no bfloat16."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ROW = np.dtype(
     [("key", "<u8"), ("offset", "<i8")]
@@ -137,7 +137,7 @@ def contents(corpus: Corpus, rows: Sequence[int] | NDArray[np.integer]) -> NDArr
 
 
 class FeatureCache:
-    """Features that were cached, read-only; make it with `open`. Pickling carries the folder, whose files are mapped.
+    """Features that were cached, read-only; make it with `open`. Pickling carries the folder.
 
     Attributes:
         folder: where it is. meta: content of its `meta.json`. dtype: of the features.
@@ -145,10 +145,10 @@ class FeatureCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.meta = folder, read_meta(folder)
-        self.dtype, self._stored = DTYPES[self.meta["dtype"]]
+        self.dtype = DTYPES[self.meta["dtype"]]
         self._index = read_index(folder)
         self._keys = np.ascontiguousarray(self._index["key"])
-        self._files: dict[int, NDArray] = {}
+        self._files: dict[int, FileIO] = {}
         self._check_files()
 
     @classmethod
@@ -248,11 +248,18 @@ class FeatureCache:
         entry = Entry(*self._index[place].item()[1:])
         if entry.file == DAMAGED:
             raise CorruptPayload(f"{content:016x}", "its frames could not be decoded when its features were cached")
-        mapped = self._file(entry.file)
-        begin = entry.offset // mapped.itemsize
-        clip = mapped[begin : begin + prod(entry.shape)].reshape(entry.shape)
-        taken = torch.from_numpy(clip[np.arange(entry.frames) if frames is None else np.asarray(frames, np.int64)])
-        return taken.view(self.dtype)
+        wanted = np.arange(entry.frames) if frames is None else np.asarray(frames, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= entry.frames):
+            raise IndexError(f"{entry.frames} frames are stored, asked for {wanted.tolist()}")
+        found = torch.empty((len(wanted), *entry.shape[1:]), dtype=self.dtype)
+        raw = found.view(torch.uint8).numpy().reshape(-1)
+        size, begin = prod(entry.shape[1:]) * self.dtype.itemsize, 0
+        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1):  # neighbours are read at once
+            if len(run):
+                end = begin + len(run) * size
+                self._read(entry.file, entry.offset + int(run[0]) * size, raw[begin:end].data)
+                begin = end
+        return found
 
     def _of_row(self, corpus: Corpus, row: int, frames: NDArray[np.integer], view: str | None) -> Tensor:
         try:
@@ -271,19 +278,24 @@ class FeatureCache:
         place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[place] == keys, place, -1)
 
-    def _file(self, number: int) -> NDArray:
+    def _read(self, number: int, offset: int, into: memoryview) -> None:
+        """Bytes of a file from `offset` on. It is not mapped: of a mapping the system would hold far more pages."""
         if number not in self._files:
-            path = self.folder / file_name(number)
-            self._files[number] = np.memmap(path, self._stored, mode="r").view(np.ndarray)
-        return self._files[number]
+            self._files[number] = (self.folder / file_name(number)).open("rb", buffering=0)
+        while into:
+            size = os.preadv(self._files[number].fileno(), [into], offset)
+            if not size:
+                raise UserError(
+                    f"features {self.folder}: {file_name(number)} was cut short meanwhile: cache them again"
+                )
+            into, offset = into[size:], offset + size
 
     def entries(self) -> dict[int, Entry]:
         """All that is there, by key."""
         return {key: Entry(*rest) for key, *rest in self._index.tolist()}
 
     def _check_files(self) -> None:
-        width = np.dtype(self._stored).itemsize
-        for number, end in ends(self._index, width).items():
+        for number, end in ends(self._index, self.dtype.itemsize).items():
             path = self.folder / file_name(number)
             if not path.is_file() or path.stat().st_size < end:
                 raise UserError(
@@ -362,7 +374,7 @@ class FeatureWriter:
     """
 
     def __init__(self, folder: Path, model: Sequence[str], tower: dict[str, Any], dtype: str) -> None:
-        self.folder, self._dtype = folder, DTYPES[dtype][0]
+        self.folder, self._dtype = folder, DTYPES[dtype]
         self._meta: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -404,7 +416,9 @@ class FeatureWriter:
         with self._named():
             if self._at and self._at + len(raw) > FILE_BYTES:
                 self._next_file()
-            self._file.write(raw.data)
+            rest = raw.data
+            while rest:  # not buffered: what a full disk took is there, and nothing waits to be written again
+                rest = rest[self._file.write(rest) :]
         entry = Entry(self._at, self._number, *values.shape)
         self._at += len(raw)
         self._note(keys, entry)
@@ -417,7 +431,6 @@ class FeatureWriter:
         """Make what was added count."""
         if self._changed:
             with self._named():
-                self._file.flush()
                 os.fsync(self._file.fileno())
             index = np.array([(key, *entry) for key, entry in sorted(self._entries.items())], ROW)
             with whole_file(self.folder / INDEX) as path, path.open("wb") as file:
@@ -452,7 +465,7 @@ class FeatureWriter:
         self._open()
 
     def _open(self) -> None:
-        self._file = (self.folder / file_name(self._number)).open("ab")
+        self._file = (self.folder / file_name(self._number)).open("ab", buffering=0)
         self._at = self._file.seek(0, os.SEEK_END)
 
     def _next_file(self) -> None:
@@ -571,7 +584,7 @@ class Encoder:
     @property
     def width(self) -> int:
         """Bytes of a number."""
-        return DTYPES[self.dtype][0].itemsize
+        return DTYPES[self.dtype].itemsize
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """(levels, rows, columns, d) of frames of this size: one is encoded to see."""
@@ -586,7 +599,7 @@ class Encoder:
         Raises:
             UserError: numbers that are not finite, or too large for float16.
         """
-        stored = DTYPES[self.dtype][0]
+        stored = DTYPES[self.dtype]
         with torch.inference_mode():
             parts = [
                 self.model.backbone.encode(part.to(self.device)).to(stored).cpu()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rbm.model import RewardModel
     from rbm.training.features import Plan
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 class Size(click.ParamType):
@@ -37,7 +37,7 @@ class Size(click.ParamType):
         number = text.rstrip("bkmgt ")
         unit = text[len(number) :].strip()
         try:
-            return round(float(number) * _UNITS[unit if unit in ("", "b") or unit[-1] == "b" else unit + "b"])
+            return round(float(number) * _UNITS[unit.removesuffix("b")])
         except (ValueError, KeyError, OverflowError):
             self.fail(f"{value!r} is no size: give a number with MB, GB or TB, such as 50GB", param, ctx)
 

@@ -186,7 +186,7 @@ class BriefPrecision(Precision):
     Buffers keep their precision: angles of rotary positions in bfloat16 would be wrong by radians. So do the targets.
     """
 
-    precision = "bf16-true"  # type: ignore[assignment]
+    precision = "bf16-true"
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         for parameter in module.parameters():

@@ -141,11 +141,13 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
 def architecture(model: RewardModel, base: str | None) -> dict[str, Any]:
     """What makes a model of a checkpoint's tensors (`rbm.model.lightning_file`)."""
     lora: Any = model.peft_config if has_lora(model) else None
+    frozen = {str(x.dtype).removeprefix("torch.") for x in model.backbone.parameters() if not x.requires_grad}
     return {
         "model": model.config(),
         "files": model.backbone.files(),
         "base": base,
         "lora_alpha": None if lora is None else lora[NAME].lora_alpha,
+        "frozen_dtype": frozen.pop() if len(frozen) == 1 else None,
     }
 
 
@@ -153,7 +155,7 @@ def base_of(config: DictConfig) -> str | None:
     """Where the weights that a run starts from can be had again: a folder or a hub id; none for random ones."""
     if config.init is not None:
         return str(nano_weights() if config.init == "nano" else config.init)
-    base = config.model.backbone.get("base")
+    base = (config.model.get("backbone") or {}).get("base")
     return None if base is None else str(base)
 
 
@@ -288,5 +290,6 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (".*does not have many workers.*", ".*Checkpoint directory.*exists.*", ".*isinstance.treespec.*",
                     ".*GPU available but not used.*", ".*is supported for historical reasons.*",
-                    ".*resuming from a checkpoint that ended.*", ".*number of training batches.*"):  # fmt: skip
+                    ".*resuming from a checkpoint that ended.*", ".*number of training batches.*",
+                    ".*sync_dist=True.*", ".*broadcast_buffers.*", ".*returned a view tensor.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

@@ -40,7 +40,7 @@ def noise(height: int, width: int, frames: int = 3) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("height, width", [(240, 320), (37, 51), (480, 300), (20, 400), (140, 196)])
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (37, 51), (480, 300), (20, 400), (140, 196)])
 def test_pixels_equal_the_published_processor(model, height, width):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -54,7 +54,7 @@ def test_pixels_equal_the_published_processor(model, height, width):
     torch.testing.assert_close(cut, theirs["pixel_values"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize(("height", "width"), SIZES)
 def test_a_clip_alone_equals_transformers_own_forward(model, height, width):
     frames = model.preprocess(noise(height, width))
     batch = ClipBatch.from_clips([(frames, TASK)])
@@ -113,7 +113,7 @@ def test_a_round_trip_changes_no_number(model, tmp_path):
 
 @pytest.mark.parametrize("older", [False, True])
 def test_it_starts_from_a_plain_checkpoint(model, tmp_path, older):
-    """In both layouts: `model.language_model.*` and `model.visual.*`, or `model.*` and `visual.*` with a flat config."""
+    """With `model.language_model.*` and `model.visual.*`, and with `model.*`, `visual.*` and a flat configuration."""
     state = {f"model.{name}": x for name, x in model.backbone.model.state_dict().items()}
     config = model.backbone.architecture | {"model_type": "qwen2_5_vl"}
     if older:

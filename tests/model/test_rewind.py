@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def noise(height: int, width: int, frames: int = 3) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("height, width", [(240, 320), (37, 51), (28, 28)])
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (37, 51), (28, 28)])
 def test_pixels_equal_dinov2s_processor_less_its_crop(model, height, width):
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
@@ -112,8 +113,11 @@ def test_a_step_of_several_views_is_their_mean():
 def test_encoders_stay_as_they_are_while_the_rest_trains():
     model = tiny_vlm.rewind_model().train()
     backbone = model.backbone
-    assert not backbone.text_encoder.training and not backbone.image_encoder.training
-    assert all(module.p == 0 or not module.training for module in backbone.text_encoder.modules() if hasattr(module, "p"))
+    assert not backbone.text_encoder.training
+    assert not backbone.image_encoder.training
+    assert all(
+        module.p == 0 or not module.training for module in backbone.text_encoder.modules() if hasattr(module, "p")
+    )
     with torch.inference_mode():  # scoring first must not spoil training
         model(ClipBatch.from_clips([(promises.clip(model, 0, 3), TASK)]))
     out = model(ClipBatch.from_clips([(promises.clip(model, 0, 3), TASK)]))
@@ -174,30 +178,29 @@ def test_a_long_instruction_is_cut_and_said(model, caplog):
     promises.states(model, [(promises.clip(model, 0, 2), "öffne die Schublade 🤖 抽屉")])
 
 
-def test_a_few_steps_lower_the_loss(dot_corpus):
-    """On real pairs, the same ones before and after; the encoders are random."""
+def test_it_learns_from_embeddings_that_are_computed_once(dot_corpus):
+    """On real pairs, with random encoders that never run while it trains."""
     model = tiny_vlm.rewind_model(backbone={"image_size": 42, "hidden": 64}, dropout=0.0).train()
-    data = PairDataModule(
-        model,
-        str(dot_corpus.location),
-        heldout_per_quality=1,
-        validation_per_quality=1,
-        workers=0,
-        pairs_per_step=16,
-    )
+    place = str(dot_corpus.location)
+    data = PairDataModule(model, place, heldout_per_quality=1, validation_per_quality=1, workers=0, pairs_per_step=16)
     dataset = data.dataset(data.sampler, Share(16))
-    batches = [dataset[order].batch for order in Onward(data.sampler.planner, Share(16), 0, 3)]
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+    batches = []
+    for order in Onward(data.sampler.planner, Share(16), 0, 3):
+        batch = dataset[order].batch
+        features = tuple(model.backbone.encoded(batch.clips))
+        assert all(group.shape[1:] == (1, 1, 1, 32) and not group.requires_grad for group in features)
+        batches.append(replace(batch, clips=replace(batch.clips, frames=features)))
+    model.backbone.image_encoder.register_forward_hook(lambda *call: pytest.fail("the image encoder ran"))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
     losses = []
-    for step in range(60):
-        torch.manual_seed(step)
+    for step in range(150):
         batch = batches[step % len(batches)]
         loss = reward_losses(model(batch.clips, batch.pairs), batch.targets, batch.counts, LossWeights()).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), losses
 
 
 def test_a_run_starts_from_pretrained_encoders_and_leaves_a_model(dot_corpus, encoders, tmp_path):
@@ -241,7 +244,7 @@ def test_what_is_no_such_encoder_is_refused(encoders, tmp_path):
     deeper.pop("stage_names", None), deeper.pop("out_features", None), deeper.pop("out_indices", None)
     (broken / "config.json").write_text(json.dumps(deeper))
     refused("lacks weights: encoder.layer.2", image=str(broken))
-    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
         RewindBackbone(**tiny_vlm.REWIND, tokenizer="{}", image_size=28)
     with pytest.raises(ValueError, match="multiple of the patch"):
         RewindBackbone(**tiny_vlm.REWIND, tokenizer=tiny_vlm.bert_tokenizer(), image_size=30)

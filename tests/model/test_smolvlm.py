@@ -42,7 +42,7 @@ def noise(height: int, width: int, frames: int = 3) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("height, width", [(240, 320), (37, 51), (64, 64), (20, 400)])
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (37, 51), (64, 64), (20, 400)])
 def test_pixels_equal_the_published_processor_without_splitting(model, height, width):
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -60,7 +60,7 @@ def test_pixels_equal_the_published_processor_without_splitting(model, height, w
     assert theirs["pixel_attention_mask"].all()
 
 
-@pytest.mark.parametrize("image_size, patch, side", [(64, 8, 4), (70, 8, 4)])
+@pytest.mark.parametrize(("image_size", "patch", "side"), [(64, 8, 4), (70, 8, 4)])
 def test_a_clip_alone_equals_transformers_own_forward(image_size, patch, side):
     """Also where the tower leaves a rim of the picture out, as that of the largest SmolVLM does."""
     model = tiny_vlm.smolvlm_model(sizes=tiny_vlm.smolvlm_architecture(image_size, patch))

@@ -19,11 +19,11 @@ from rbm.model.tokens import Words
 
 PAD = "<|image_pad|>"
 LANGUAGES = [
-    "open the drawer", "öffne die Schublade", "打开抽屉", "引き出しを開けて", "서랍을 열어", "افتح الدرج", "פתח את המגירה",
-    "ανοίξτε το συρτάρι", "откройте ящик", "दराज खोलो", "เปิดลิ้นชัก", "mở ngăn kéo", "e\u0301 = é", "🦾👩‍🍳 → 🗄️", "{task}",
-    "'quoted' {k} {view}", "<|im_start", "|>", "a\nb\tc\u0000", "\u212b\u2126\ufb01 \u1e9b\u0323", " ", "", "<|prog_token|",
+    "open the drawer", "öffne die Schublade", "打开抽屉", "引き出しを開けて", "서랍을 열어", "افتح الدرج",
+    "פתח את המגירה", "ανοίξτε το συρτάρι", "откройте ящик", "दराज खोलो", "เปิดลิ้นชัก", "mở ngăn kéo", "e\u0301 = é",
+    "🦾👩‍🍳 → 🗄️", "{task}", "'quoted' {k} {view}", "<|im_start", "|>", "a\nb\tc\u0000", "\u212b\u2126\ufb01 \u1e9b\u0323",
+    " ", "", "<|prog_token|",
 ]  # fmt: skip
-anything = st.one_of(st.sampled_from(LANGUAGES), st.text(max_size=60))
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -40,6 +40,9 @@ SPECIAL = sorted(
     token.content
     for token in BACKBONES["isolated"].words.tokenizer.get_added_tokens_decoder().values()
     if token.special
+)
+anything = st.one_of(st.sampled_from(LANGUAGES), st.text(max_size=60)).filter(
+    lambda text: not any(token in text for token in SPECIAL)
 )
 
 
@@ -115,7 +118,7 @@ def test_an_instruction_with_a_special_token_is_refused(before, token, after):
     assert any(repr(known) in str(refused.value) for known in SPECIAL if known in before + token + after)
 
 
-@given(st.text(max_size=40))
+@given(anything)
 def test_words_are_kept_up_to_their_normal_form(text):
     """Byte-level tokens: what goes in comes out again, but for Unicode's composed form (NFC)."""
     words = BACKBONES["isolated"].words

@@ -113,6 +113,8 @@ def test_what_is_wrong_with_cut_offs_is_said():
     corpus = attempts([0], [0])
     with pytest.raises(UserError, match=r"names no source of the corpus: 'labb'; it has 'lab', 'kitchen', 'simulator'"):
         with_completion(corpus, {"labb": 0.9, "lab": 0.9})
+    with pytest.raises(UserError, match=r"data.completion is '\{lab 0.9\}': write \{source: fraction\}"):
+        with_completion(corpus, "{lab 0.9}")
     for wrong in (0, 1.2, -0.5, "0.9", None, True, math.nan):
         with pytest.raises(UserError, match=r"the cut-off of 'lab' is .*, it must be in \(0, 1\]"):
             with_completion(corpus, {"lab": wrong})

@@ -71,7 +71,7 @@ def plain(loaded: Loaded) -> list:
     batch = loaded.batch
     tensors = [*batch.clips.frames, batch.clips.frame_ids, batch.clips.lengths, *vars(batch.targets).values()]
     return [
-        *(tensor.numpy().tobytes() for tensor in tensors),
+        *(tensor.numpy().tobytes() for tensor in tensors if tensor is not None),
         batch.clips.tasks,
         batch.strategies,
         vars(batch.counts),

@@ -1,26 +1,29 @@
 """What is trained and in which precision, over real steps of Lightning on a tiny Qwen3-VL and on nano."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from tiny_vlm import qwen3_model
+from tiny_vlm import TOKENIZER, qwen2_5_model, qwen3_model, smolvlm_model
 from torch import Tensor
 
 from rbm.config import compose, instantiate
 from rbm.corpus import Corpus
 from rbm.errors import UserError
 from rbm.model import RewardModel, reward_losses
-from rbm.model.adapter import complete, has_lora, load_adapter, save_trained
+from rbm.model.adapter import LORA_CONFIG, WEIGHTS, complete, has_lora, load_adapter, save_trained
 from rbm.model.backbones import NanoBackbone
 from rbm.model.losses import LossWeights
 from rbm.training.data import Onward, PairDataModule, Share
 from rbm.training.fit_success import fit_success
 from rbm.training.module import RewardModule, learning_rate_factor
-from rbm.training.tuning import Tuning
+from rbm.training.run import train
+from rbm.training.tuning import Tuning, named_parts
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 
@@ -100,6 +103,25 @@ def test_what_is_trained(options, expected):
     model = qwen3_model()
     Tuning(**options).apply(model)
     assert trained_parts(model) == expected | OWN
+
+
+@pytest.mark.parametrize("make", [qwen3_model, qwen2_5_model, smolvlm_model])
+def test_every_family_has_its_last_blocks_and_its_lora(make):
+    model = make()
+    Tuning(language="lora", lora=LORA, vision="last", vision_blocks=1).apply(model)
+    towers = [(name, x) for name, part, x in named_parts(model) if part == "vision"]
+    blocks = {int(found[1]) for name, _ in towers if (found := re.search(r"(?:blocks|layers)\.(\d+)\.", name))}
+    for name, parameter in towers:
+        found = re.search(r"(?:blocks|layers)\.(\d+)\.", name)
+        assert parameter.requires_grad == (int(found[1]) == max(blocks) if found else "embed" not in name), name
+    frames = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    assert model.backbone.encode(model.preprocess(frames)).requires_grad
+
+    model = make()
+    Tuning(language="lora", lora=LORA, vision="lora").apply(model)
+    names = {name.split(".lora_A")[0].rpartition(".")[2] for name, _, _ in named_parts(model) if ".lora_A." in name}
+    assert names > {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {part for name, part, _ in named_parts(model) if ".lora_A." in name} == {"language", "vision"}
 
 
 def test_pooling_and_views_are_trained_where_they_are_used():
@@ -356,3 +378,30 @@ def test_a_run_says_it_in_its_configuration():
         config = compose("train", [f"optimization.tuning.{option}"])
         with pytest.raises(UserError, match=words):
             instantiate(config.optimization, model=copy.deepcopy(nano()))
+
+
+def test_a_whole_run_with_lora_on_a_plain_vision_language_model(dot_corpus, tmp_path):
+    base: Any = qwen3_model(seed=4).backbone
+    base.model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text(TOKENIZER)
+    folder = train(
+        compose(
+            "train",
+            ["model=qwen3_vl", f"model.backbone.base='{tmp_path / 'base'}'", "model.context_frames=4",
+             f"run_dir='{tmp_path / 'run'}'", f"data.corpus='{dot_corpus.location}'", "data.workers=0",
+             "data.pairs_per_step=2", "data.validation_pairs=2", "data.heldout_tasks=[]", "data.heldout_per_quality=1",
+             "data.validation_per_quality=1", "trainer.max_steps=3", "trainer.checkpoint_every=3", "threads=1",
+             "trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "optimization.lr=1e-2",
+             "optimization.tuning.language=lora", "optimization.tuning.lora.r=4",
+             "optimization.tuning.frozen_dtype=bfloat16", "optimization.tuning.gradient_checkpointing=true"],
+        )
+    )  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"config.json", LORA_CONFIG, WEIGHTS, "tokenizer.json"}
+    found = RewardModel.from_pretrained(str(folder)).state_dict()
+    last = RewardModel.from_pretrained(str(tmp_path / "run" / "checkpoints" / "last.ckpt")).state_dict()
+    calibration = {"success_temperature", "success_bias"}  # fitted after the last step
+    assert all(torch.equal(x, last[name]) for name, x in found.items() if name not in calibration)
+    before = base.state_dict(prefix="backbone.")
+    moved = {name.rpartition(".")[0].rpartition(".")[2] for name, x in before.items() if
+             name.startswith("backbone.model.") and (x.bfloat16() - found[name]).abs().max() > 1e-4}  # fmt: skip
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -108,7 +108,7 @@ def test_every_step_shows_the_views_that_its_trajectory_has(corpus):
 
 
 def test_batches_are_the_same_in_loader_processes_and_with_augmentation(corpus):
-    options = {"augment": {"shift": 0.1, "light": 0.2}}
+    options = {"augment": {"shift": 0.1, "light": 0.2}, "start_method": "fork"}
     module = data_module(corpus, model(remaining=True), completion={"lab": 0.5}, **options)
     for here, there in zip(batches(module), batches(module, workers=2), strict=True):
         assert torch.equal(here.batch.clips.frame_ids, there.batch.clips.frame_ids)
@@ -203,7 +203,7 @@ def test_which_clips_of_a_pair_are_supervised(corpus):
     assert masks(isolated).tolist() == [True, True]
     assert masks(isolated, supervise_both=False).tolist() == [True, False]
     assert masks(causal).tolist() == [True, False]
-    with pytest.raises(UserError, match="data.supervise_both=true: .* set model.pair=isolated"):
+    with pytest.raises(UserError, match=r"data\.supervise_both=true: .* set model\.pair=isolated"):
         data_module(corpus, causal, supervise_both=True)
 
 
@@ -261,6 +261,7 @@ SMALL = ["model.backbone.image_size=32", "model.backbone.width=8", "model.backbo
 
 def test_a_run_with_views_and_seconds_from_the_command_line_to_scores(corpus, tmp_path):
     options = ["model.backbone.views=[near,wrist]", "model.remaining=true", "data.completion={lab: 0.9}",
+               "data.source_weights={lab: 2}",
                "trainer.max_steps=4", "trainer.validate_every=2", f"data.corpus='{corpus.location}'",
                f"run_dir='{tmp_path / 'run'}'"]  # fmt: skip
     folder = train(compose("train", [*SMALL, *options]))

@@ -82,8 +82,8 @@ class RewindBackbone(RowBackbone):
         super().__init__()
         from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-        image_config = Dinov2Config(**{k: v for k, v in image_architecture.items() if k != "model_type"})
-        text_config = BertConfig(**{k: v for k, v in text_architecture.items() if k != "model_type"})
+        image_config: Any = Dinov2Config(**{k: v for k, v in image_architecture.items() if k != "model_type"})
+        text_config: Any = BertConfig(**{k: v for k, v in text_architecture.items() if k != "model_type"})
         if image_size % image_config.patch_size:
             raise ValueError(f"image_size ({image_size}) must be a multiple of the patch ({image_config.patch_size})")
         self.image_size = image_size
@@ -194,12 +194,12 @@ class RewindBackbone(RowBackbone):
         return features[:, None, None, None]
 
     def frame_tokens(self, features: Tensor) -> Tensor:
-        found: Tensor = self.image_projection(features.to(self.image_projection[0].weight.dtype))
+        found: Tensor = self.image_projection(features.to(self.marker_embedding.weight.dtype))
         return found
 
     def text(self, tasks: Sequence[str]) -> tuple[list[NDArray[np.int64]], Tensor]:
         rows = {task: row for row, task in enumerate(dict.fromkeys(tasks))}
-        table = torch.stack([self.sentence(task) for task in rows]).to(self.text_projection[0].weight.dtype)
+        table = torch.stack([self.sentence(task) for task in rows]).to(self.marker_embedding.weight.dtype)
         return [np.array([rows[task]], np.int64) for task in tasks], self.text_projection(table)
 
     def sentence(self, task: str) -> Tensor:
