@@ -8,7 +8,7 @@ the number of trajectories.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from rbm.corpus.split import Split
 from rbm.errors import UserError
 from rbm.evaluation.baselines.clock import Clock
 from rbm.evaluation.baselines.constant import Constant
-from rbm.evaluation.protocols import ClipScorer, Frames, Prediction, Showing, instructions, number_of, showing
+from rbm.evaluation.protocols import ClipScorer, Frames, Prediction, Showing, Shown, instructions, number_of, showing
 from rbm.evaluation.results import Evaluation, Preferences, Record, Result
 from rbm.evaluation.strips import report_strips
 from rbm.evaluation.summary import SUCCESS, summarise
@@ -79,6 +79,7 @@ def evaluate_together(
     if len({scorer.context_frames for scorer in scorers.values()}) != 1:
         raise ValueError("scorers evaluated together must have the same context_frames")
     context = next(iter(scorers.values())).context_frames
+    views = next((_views(scorer) for scorer in scorers.values() if _views(scorer)), ())
     task_of = corpus.columns.task[numbers]
     tries = [int(number) for number in (np.unique(task_of) if allowed is None else allowed)]
 
@@ -90,15 +91,18 @@ def evaluate_together(
             members = numbers[task_of == task]
             paired = _in_pairs(corpus, members, protocol)
             first = len(next(iter(records.values())))
-            kept: dict[int, Frames] = {}
+            kept: dict[int, Shown] = {}
             under = instructions(int(task), corpus.tasks, tries, protocol.most_instructions, protocol.seed)
             for start in range(0, len(members), CHUNK):
                 clips = [
-                    _show(corpus, int(row), context, under, protocol.seed) for row in members[start : start + CHUNK]
+                    _show(corpus, int(row), context, under, protocol.seed, views)
+                    for row in members[start : start + CHUNK]
                 ]
                 for name, scorer in scorers.items():
                     records[name] += _judge(scorer, clips)
-                kept |= {first + start + place: clip.frames for place, clip in enumerate(clips) if clip.row in paired}
+                kept |= {
+                    first + start + place: clip.requests[0][0] for place, clip in enumerate(clips) if clip.row in paired
+                }
                 bar.advance(step, len(clips))
             text = corpus.tasks[int(task)].text
             for name, scorer in scorers.items():
@@ -151,11 +155,26 @@ class _Clip:
 
     row: int
     record: Record  # with the predictions still empty
-    frames: Frames
-    requests: tuple[tuple[Frames, str], ...]
+    requests: tuple[tuple[Shown, str], ...]
 
 
-def _show(corpus: Corpus, row: int, context: int, under: NDArray[np.int64], seed: int) -> _Clip:
+def _views(scorer: ClipScorer) -> tuple[str, ...]:
+    return tuple(getattr(scorer, "views", ()))
+
+
+def _seen_by(scorer: ClipScorer, shown: Shown) -> Shown:
+    """A scorer that knows no views is shown the first."""
+    return next(iter(shown.values())) if isinstance(shown, Mapping) and not _views(scorer) else shown
+
+
+def _changed(shown: Shown, change: Callable[[Frames], Frames]) -> Shown:
+    """The same done to every view."""
+    if isinstance(shown, Mapping):
+        return {name: np.ascontiguousarray(change(frames)) for name, frames in shown.items()}
+    return np.ascontiguousarray(change(shown))
+
+
+def _show(corpus: Corpus, row: int, context: int, under: NDArray[np.int64], seed: int, views: tuple[str, ...]) -> _Clip:
     columns, trajectory = corpus.columns, corpus[row]
     quality, messy = int(columns.quality[row]), bool(columns.messy[row])
     shown = showing(
@@ -167,18 +186,27 @@ def _show(corpus: Corpus, row: int, context: int, under: NDArray[np.int64], seed
         context,
         seed,
     )
-    frames = np.ascontiguousarray(trajectory.frames(shown.frames))
+    frames: Shown
+    if views:
+        there = [name for name in views if name in trajectory.views]
+        if not there:
+            raise UserError(
+                f"trajectory {trajectory.id!r} has none of the views that the model reads ({', '.join(views)}), only "
+                f"{', '.join(trajectory.views)}"
+            )
+        frames = {name: np.ascontiguousarray(trajectory.frames(shown.frames, name)) for name in there}
+    else:
+        frames = np.ascontiguousarray(trajectory.frames(shown.frames))
     task = corpus.tasks[int(columns.task[row])]
-    requests = [(frames, task.text)]
+    requests: list[tuple[Shown, str]] = [(frames, task.text)]
     success = quality == SUCCESS
     tried = under if success else under[:0]
     if success:
         requests += [(frames, corpus.tasks[number].text) for number in under[1:]]
         requests += [(frames, wording) for wording in _rewordings(task.text, task.paraphrases)]
     if success and not messy:
-        ordered = frames[: shown.ordered]
-        requests.append((np.ascontiguousarray(ordered[::-1]), task.text))
-        requests.append((ordered[shown.permutation], task.text))
+        requests.append((_changed(frames, lambda view: view[: shown.ordered][::-1]), task.text))
+        requests.append((_changed(frames, lambda view: view[: shown.ordered][shown.permutation]), task.text))
     label = trajectory.progress
     empty = np.zeros(0, np.float32)
     record = Record(
@@ -202,11 +230,11 @@ def _show(corpus: Corpus, row: int, context: int, under: NDArray[np.int64], seed
         misled=empty,
         rephrased=empty,
     )
-    return _Clip(row, record, frames, tuple(requests))
+    return _Clip(row, record, tuple(requests))
 
 
 def _judge(scorer: ClipScorer, clips: Sequence[_Clip]) -> list[Record]:
-    answers = scorer.predict([request for clip in clips for request in clip.requests])
+    answers = scorer.predict([(_seen_by(scorer, shown), task) for clip in clips for shown, task in clip.requests])
     said = iter(answers)
     return [_fill(clip.record, [next(said) for _ in clip.requests]) for clip in clips]
 
@@ -235,7 +263,7 @@ def _fill(record: Record, said: Sequence[Prediction]) -> Record:
     )
 
 
-def _prefer(scorer: ClipScorer, kept: Mapping[int, Frames], records: Sequence[Record], text: str) -> Preferences:
+def _prefer(scorer: ClipScorer, kept: Mapping[int, Shown], records: Sequence[Record], text: str) -> Preferences:
     """All pairs of kept clips of one task whose outcomes differ, the better and the worse in hashed order."""
     better, worse = [], []
     for a in kept:
@@ -246,7 +274,8 @@ def _prefer(scorer: ClipScorer, kept: Mapping[int, Frames], records: Sequence[Re
     # Half of the pairs are asked the other way round, so that a bias towards the first shows as what it is.
     swapped = [number_of(f"{records[a].id} {records[b].id}") % 2 == 1 for a, b in zip(better, worse, strict=True)]
     asked = [(b, a) if swap else (a, b) for a, b, swap in zip(better, worse, swapped, strict=True)]
-    said = scorer.prefer([(kept[first], kept[second], text) for first, second in asked]) if asked else np.zeros(0)
+    seen = {number: _seen_by(scorer, shown) for number, shown in kept.items()}
+    said = scorer.prefer([(seen[first], seen[second], text) for first, second in asked]) if asked else np.zeros(0)
     probability = np.where(swapped, 1 - np.asarray(said), said).astype(np.float32)
     return Preferences(np.array(better, np.int32), np.array(worse, np.int32), probability)
 

@@ -6,7 +6,7 @@ evaluated: two models are shown the very same clips, and one figure can be made 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -18,6 +18,8 @@ from rbm.frames import pick_frames
 from rbm.trajectory import Quality, Task
 
 Frames = NDArray[np.uint8]
+Shown = Frames | Mapping[str, Frames]
+"""A clip as a scorer is given it: of one view, or of several by name."""
 
 
 class Prediction(Protocol):
@@ -36,15 +38,16 @@ class ClipScorer(Protocol):
 
     `predict` is given clips as (uint8 (n, H, W, 3), instruction) with n <= context_frames; the same array
     object may come with several instructions. `prefer` is given (frames_a, frames_b, instruction) and answers
-    float (P,) the probability that a is better.
+    float (P,) the probability that a is better. A scorer with an attribute `views` (names) is given a mapping of these
+    names to frames in place of the frames.
     """
 
     @property
     def context_frames(self) -> int: ...
 
-    def predict(self, clips: Sequence[tuple[Frames, str]], batch_size: int = 64) -> Sequence[Prediction]: ...
+    def predict(self, clips: Sequence[tuple[Shown, str]], batch_size: int = 64) -> Sequence[Prediction]: ...
 
-    def prefer(self, pairs: Sequence[tuple[Frames, Frames, str]]) -> NDArray[np.float32]: ...
+    def prefer(self, pairs: Sequence[tuple[Shown, Shown, str]]) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from bars import NEW_TASK, TASKS, BarReader
 
-from rbm.corpus import Corpus
+from rbm.corpus import Corpus, CorpusWriter
 from rbm.corpus.split import split_corpus
 from rbm.errors import UserError
 from rbm.evaluation.baselines.clock import Clock
@@ -141,3 +141,38 @@ def test_scorers_side_by_side_look_at_equally_many_frames(corpus: Corpus) -> Non
 def test_one_frame_trajectories_are_scored() -> None:
     scores = Clock(8).predict([(np.zeros((1, 4, 4, 3), np.uint8), "x")])
     assert scores[0].progress.tolist() == [0]
+
+
+class SecondViewReader(BarReader):
+    """Reads the bar in its second view; the corpus's first view shows nothing of it."""
+
+    views = ("bar", "blank")
+
+    def predict(self, clips, batch_size: int = 64) -> list[ClipScores]:  # type: ignore[no-untyped-def]
+        assert all(set(shown) == {"bar", "blank"} for shown, _ in clips)
+        return super().predict([(shown["bar"], text) for shown, text in clips], batch_size)
+
+    def prefer(self, pairs):  # type: ignore[no-untyped-def]
+        return super().prefer([(a["bar"], b["bar"], text) for a, b, text in pairs])
+
+
+def test_a_scorer_of_several_views_is_shown_all_that_it_names(corpus: Corpus, reader: BarReader, tmp_path) -> None:
+    with CorpusWriter(tmp_path / "two", codec="jpeg") as writer:
+        writer.add_source("bars")
+        for task in TASKS:
+            writer.add_task(task)
+        for trajectory in corpus:
+            frames = trajectory.frames()
+            record = replace(trajectory, views=("blank", "bar"))
+            writer.add(record, {"blank": np.zeros_like(frames), "bar": frames})
+    two = Corpus.open(tmp_path / "two")
+    rows = np.flatnonzero(two.columns.task == 0)
+    protocol = Protocol(draws=0)
+    one_view = evaluate(reader, corpus, rows, protocol=protocol)
+    both = evaluate_together({"model": SecondViewReader(), "clock": Clock(8)}, two, rows, protocol=protocol)
+    assert both["model"].metrics["gap"] == pytest.approx(one_view.metrics["gap"], abs=0.05)
+    assert both["model"].metrics["voc_reversed"] == pytest.approx(-1)
+    assert both["clock"].metrics["preference_accuracy"] == 0.5
+    missing = type("Other", (SecondViewReader,), {"views": ("top",)})()
+    with pytest.raises(UserError, match="none of the views that the model reads"):
+        evaluate(missing, two, rows, protocol=protocol)

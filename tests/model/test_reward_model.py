@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path, tiny_checkpoint):
             RewardModel.from_pretrained(str(folder))
         assert "\n" not in str(caught.value)
 
-    refused(tmp_path / "nowhere", "is not a folder")
+    refused(tmp_path / "nowhere", "neither a file or folder nor an id on the hub")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "config.json is missing")
     folder = copy("no weights")
@@ -184,7 +184,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path, tiny_checkpoint):
     description = json.loads(path.read_text())
     description["model"]["backbone"]["type"] = "giant"
     path.write_text(json.dumps(description))
-    refused(folder, "'giant' does not exist here; there are: nano")
+    refused(folder, "'giant' does not exist here; there are: nano, qwen2_5_vl, qwen3_vl, rewind, smolvlm")
     description["model"]["backbone"] = {
         "type": "nano",
         "hidden": 64,

@@ -161,14 +161,14 @@ def broken(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("missing", "not a folder"),
+        ("missing", "neither a file or folder"),
         ("no weights", "model.safetensors is missing"),
         ("no config", "config.json is missing"),
         ("truncated weights", "truncated"),
         ("truncated header", "truncated"),
         ("truncated config", "cannot be read as JSON"),
         ("newer", "version 1000"),
-        ("pickle", "last.ckpt is not a folder"),
+        ("pickle", "last.ckpt cannot be read"),
         ("other sizes", "has shape"),
     ],
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rbm.scoring import ClipScores
 
-Frames = NDArray[np.uint8]
+Shown = NDArray[np.uint8] | Mapping[str, NDArray[np.uint8]]
 
 
 class Constant:
@@ -18,10 +18,10 @@ class Constant:
     def __init__(self, context_frames: int = 16) -> None:
         self.context_frames = context_frames
 
-    def predict(self, clips: Sequence[tuple[Frames, str]], batch_size: int = 64) -> list[ClipScores]:
+    def predict(self, clips: Sequence[tuple[Shown, str]], batch_size: int = 64) -> list[ClipScores]:
         return [self._score(len(frames)) for frames, _ in clips]
 
-    def prefer(self, pairs: Sequence[tuple[Frames, Frames, str]]) -> NDArray[np.float32]:
+    def prefer(self, pairs: Sequence[tuple[Shown, Shown, str]]) -> NDArray[np.float32]:
         return np.full(len(pairs), 0.5, np.float32)
 
     def _score(self, n: int) -> ClipScores:
