@@ -176,9 +176,10 @@ def parcel(folder: str | os.PathLike[str]) -> Parcel:
         source = source / "model"  # the folder of a run
     config = read_json(source / CONFIG)
     if "adapter" in config and config.get("format") == FORMAT:
+        describe(source)
         kind, weights = "adapter", [ADAPTER]
-        base = str(config["adapter"].get("base"))
-        if not is_hub_id(base):
+        base = config["adapter"].get("base") if isinstance(config["adapter"], dict) else None
+        if not is_hub_id(str(base)):
             raise UserError(
                 f"{source} is an adapter of {base}, which others do not have: push that first and name its hub id in "
                 f"{CONFIG}, or merge the adapter with `rbm export`"

@@ -93,15 +93,18 @@ def read_metadata(folder: Path) -> Metadata:
         ends: dict[str, int] = {}
         for place in found.storage_data.values():
             name = place.relative_path
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file of this folder")
             ends[name] = max(ends.get(name, 0), place.offset + place.length)
     except _UNREADABLE as error:
         raise UserError(f"{path} is no metadata of a sharded checkpoint, or is truncated ({_line(error)})") from error
     for name, end in sorted(ends.items()):
-        shard = folder / name
-        if Path(name).name != name or not shard.is_file():
-            raise UserError(f"{folder}: the shard {name} is missing, the checkpoint is not complete")
-        if shard.stat().st_size < end:
-            raise UserError(f"{shard} is truncated: it has {shard.stat().st_size} bytes of {end}")
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise UserError(f"{folder}: the shard {name} is missing, the checkpoint is not complete") from error
+        if size < end:
+            raise UserError(f"{folder / name} is truncated: it has {size} bytes of {end}")
     return found
 
 

@@ -21,10 +21,11 @@ import pytest
 import torch
 import yaml
 from hub_server import Cut, Hub, serve_hub
-from tiny_vlm import FIXTURE
+from tiny_vlm import FIXTURE, qwen3_model
 
 import rbm
 from rbm.model import RewardModel
+from rbm.model.adapter import add_lora, merge_lora, save_adapter
 from rbm.model.hub import is_hub_id
 
 MODEL_FILES = {"config.json", "model.safetensors"}
@@ -382,36 +383,55 @@ def test_a_branch(hub, client, tiny_checkpoint):
     same_weights(client.fetched(hub.url, "lab/m@v2/a", HF_TOKEN="hf_alice"), FIXTURE)
 
 
-def test_an_adapter_travels_with_the_id_of_its_base(hub, client, tiny_checkpoint, tmp_path):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    config = json.loads((tiny_checkpoint / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"adapter": {"base": "lab/base@v1"}}))
-    (folder / "adapter_config.json").write_text("{}")
-    shutil.copy(tiny_checkpoint / "model.safetensors", folder / "adapter_model.safetensors")
-    assert client.push(hub.url, folder, "lab/adapter")[0] == "said"
-    sent = {"config.json", "adapter_config.json", "adapter_model.safetensors", "README.md", ".gitattributes"}
-    assert set(hub.files("lab/adapter")) == sent
+def test_an_adapter_travels_with_the_id_of_its_base(hub, client, tmp_path):
+    model = qwen3_model()
+    model.save_pretrained(str(tmp_path / "base"))
+    add_lora(model, r=2, alpha=4)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, tmp_path / "adapter", "lab/base")
+    assert client.push(hub.url, tmp_path / "base", "lab/base")[0] == "said"
+    assert client.push(hub.url, tmp_path / "adapter", "lab/adapter")[0] == "said"
+    sent = {"config.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"}
+    assert set(hub.files("lab/adapter")) == sent | {".gitattributes"}
     assert b"base_model: lab/base\n" in hub.files("lab/adapter")["README.md"]
-    (folder / "config.json").write_text(json.dumps(config | {"adapter": {"base": str(tiny_checkpoint)}}))
-    refused(client.push(hub.url, folder, "lab/adapter"), "which others do not have", "rbm export")
+    code = "import sys, rbm.model as m; m.RewardModel.from_pretrained('lab/adapter').save_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "merged")]
+    subprocess.run(command, env=client.environment(hub.url, HF_TOKEN="hf_alice"), check=True, timeout=120)
+    merge_lora(model)
+    merged = RewardModel.from_pretrained(str(tmp_path / "merged")).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0, msg=name)
+    save_adapter(with_lora(), tmp_path / "local", str(tmp_path / "base"))
+    refused(client.push(hub.url, tmp_path / "local", "lab/local"), "which others do not have", "rbm export")
+
+
+def with_lora() -> RewardModel:
+    model = qwen3_model()
+    add_lora(model)
+    return model
 
 
 def test_who_may_not_push(hub, client, nowhere, tiny_checkpoint):
-    refused(client.push(hub.url, tiny_checkpoint, "lab/m", token=""), "not logged in", "hf auth login", "HF_TOKEN")
-    assert hub.requests == []
-    refused(client.push(hub.url, tiny_checkpoint, "lab/m", token="hf_old"), "refuses the access token")
-    refused(client.push(hub.url, tiny_checkpoint, "lab/m", token="hf_bob"), "may not write to lab/m", "'lab'")
-    assert hub.repositories == {}
     hub.put("lab/open", {"a.txt": b""})
-    refused(client.push(hub.url, tiny_checkpoint, "lab/open"), "lab/open is public", "--public")
-    refused(
-        client.push(hub.url, tiny_checkpoint, "lab/open", token="hf_bob", private=False), "may not write to lab/open"
-    )
+    alice, bob = {"token": "hf_alice"}, {"token": "hf_bob"}
+    options = [{}, {"token": "hf_old"}, bob]
+    calls: list[tuple[str, list[Any], dict[str, Any]]] = [("push", [str(tiny_checkpoint), "lab/m"], o) for o in options]
+    calls += [("push", [str(tiny_checkpoint), "lab/open"], o) for o in (alice, bob | {"private": False})]
+    found = client.run(hub.url, *calls)
+    refused(found[0], "not logged in", "hf auth login", "HF_TOKEN")
+    refused(found[1], "refuses the access token")
+    refused(found[2], "may not write to lab/m", "'lab'")
+    refused(found[3], "lab/open is public", "--public")
+    refused(found[4], "may not write to lab/open")
+    assert hub.repositories.keys() == {"lab/open"}
     assert set(hub.files("lab/open")) == {"a.txt"}
     refused(client.push(nowhere, tiny_checkpoint, "lab/m"), f"{nowhere} cannot be reached", "push again")
-    (offline,) = client.run(hub.url, ("push", [str(tiny_checkpoint), "a/b"], {"token": "t"}), HF_HUB_OFFLINE="1")
+    asked = len(hub.requests)
+    (offline,) = client.run(hub.url, ("push", [str(tiny_checkpoint), "a/b"], alice), HF_HUB_OFFLINE="1")
     refused(offline, "HF_HUB_OFFLINE forbids to push")
+    assert len(hub.requests) == asked
 
 
 def test_what_is_no_model(hub, client, tiny_checkpoint, tmp_path):

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_vlm import qwen3_model
+from tiny_vlm import FIXTURE, qwen3_model
 
+from rbm.errors import UserError
 from rbm.model import ClipBatch, Counts, LossWeights, RewardModel, RewardOutput, Targets, reward_losses
 from rbm.model.backbones import NanoBackbone
-from rbm.model.heads import REMAINING_BINS, remaining_centres, remaining_moments, symlog_share, two_hot
+from rbm.model.heads import REMAINING_BINS, Head, remaining_centres, remaining_moments, symlog_share, two_hot
 from rbm.model.losses import remaining_loss
+from rbm.model.published import save_published
 from rbm.scoring import Scorer
 
 TASK = "open the drawer"
@@ -134,8 +136,6 @@ def test_the_head_learns_seconds():
     """Cross entropy alone brings the read-out to the targets."""
     torch.manual_seed(0)
     states, seconds = torch.randn(24, 16), torch.rand(24) * 30
-    from rbm.model.heads import Head
-
     head = Head(16, REMAINING_BINS, 0.0)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     everything = torch.ones(24, dtype=torch.bool)
@@ -162,6 +162,15 @@ def test_it_is_saved_and_scored(tmp_path):
     np.testing.assert_allclose(every.remaining[0], scores.remaining[0], rtol=1e-4)  # of a session's first frame
     (clip,) = scorer.predict([(video[:5], TASK)])
     np.testing.assert_allclose(clip.remaining, every.remaining[:5], rtol=1e-3)
+
+
+def test_published_layouts_have_no_place_for_it(tmp_path):
+    published = RewardModel.from_pretrained(str(FIXTURE))
+    assert published.remaining is False
+    with_it = RewardModel(published.backbone, pair="causal", preference="joint", remaining=True)
+    with pytest.raises(UserError, match="published layouts cannot hold this model: it has a head for the time that"):
+        save_published(with_it, tmp_path / "out", "robometer")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_it_says_nothing_of_it():

@@ -21,8 +21,8 @@ PAD = "<|image_pad|>"
 LANGUAGES = [
     "open the drawer", "öffne die Schublade", "打开抽屉", "引き出しを開けて", "서랍을 열어", "افتح الدرج",
     "פתח את המגירה", "ανοίξτε το συρτάρι", "откройте ящик", "दराज खोलो", "เปิดลิ้นชัก", "mở ngăn kéo", "e\u0301 = é",
-    "🦾👩‍🍳 → 🗄️", "{task}", "'quoted' {k} {view}", "<|im_start", "|>", "a\nb\tc\u0000", "\u212b\u2126\ufb01 \u1e9b\u0323",
-    " ", "", "<|prog_token|",
+    "🦾👩‍🍳 → 🗄️", "{task}", "'quoted' {k} {view}", "<|im_start", "|>", "a\nb\tc\u0000",
+    "\u212b\u2126\ufb01 \u1e9b\u0323", " ", "", "<|prog_token|",
 ]  # fmt: skip
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
