@@ -24,7 +24,8 @@ ALLOWED = {
     "rbm.training": BASE | {"rbm", "rbm.assets", "rbm.config", "rbm.corpus", "rbm.sampling", "rbm.model", "rbm.output"},
     "rbm.evaluation": BASE
     | {"rbm.assets", "rbm.config", "rbm.corpus", "rbm.model", "rbm.scoring", "rbm.output", "rbm.video"},
-    "rbm.bench": BASE | {"rbm.corpus", "rbm.sampling", "rbm.output", "rbm.video"},
+    "rbm.bench": BASE
+    | {"rbm.config", "rbm.corpus", "rbm.model", "rbm.sampling", "rbm.training", "rbm.output", "rbm.video"},
     "dataset_builder": BASE | {"rbm.config", "rbm.corpus", "rbm.video"},
 }
 ENTRY_POINTS = {"rbm", "rbm.cli", "rbm.demo"}

@@ -118,6 +118,79 @@ def codecs(frames: Path | None, rounds: int, out: Path | None) -> None:
     _print(run(frames, rounds=rounds), out)
 
 
+@bench.command()
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, …; auto: a GPU if there is one.")
+@click.option("--dims", type=click.Choice(["tiny", "small", "4b"]), default="small", show_default=True)
+@click.option("--pairs", type=click.IntRange(1), default=16, show_default=True, help="Of a step.")
+@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Of each way that are timed.")
+@click.option("--batches", type=click.IntRange(1), default=3, show_default=True, help="Different ones.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of PyTorch on the CPU; as many as there are by default.")
+@click.option(
+    "--checkpointing/--no-checkpointing", default=None, help="Gradient checkpointing; by default for 4b only."
+)
+@click.option("--ways", default="plain,packed,shared,cached", show_default=True, help="What is timed, with commas.")
+@click.option("--json", "out", type=FILE, help="Write the JSON to a file too.")
+def train(
+    device: str,
+    dims: str,
+    pairs: int,
+    steps: int,
+    batches: int,
+    dtype: str,
+    threads: int | None,
+    checkpointing: bool | None,
+    ways: str,
+    out: Path | None,
+) -> None:
+    """Training steps of a Qwen3-VL with random weights, against the straightforward way in the same run.
+
+    \b
+    plain   rows padded together, transformers' own forward, the vision tower on every frame
+    packed  no padding, a pair shares its prompt; the tower still on every frame
+    shared  and frames that clips share are encoded once
+    cached  and no tower: features are given
+
+    \b
+    Examples:
+      rbm bench train --threads 1 --json train.json
+      rbm bench train --dims 4b --json h100.json
+    """
+    from rbm.bench.training import WAYS, run
+
+    chosen = tuple(ways.split(","))
+    if not chosen or set(chosen) - set(WAYS):
+        raise click.BadParameter(f"some of {','.join(WAYS)}", param_hint="--ways")
+    _print(run(dims, device, dtype, pairs, steps, batches, checkpointing, chosen, threads), out)
+
+
+@bench.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dims", type=click.Choice(["tiny", "small", "4b"]), default="4b", show_default=True)
+@click.option("--gpus", type=click.IntRange(1), help="Processes; by default trainer.devices × trainer.num_nodes.")
+@click.option("--tokens", type=click.IntRange(1), default=80, show_default=True, help="Visual tokens of a frame.")
+@click.option("--limit", type=float, default=24.0, show_default=True, help="GB of a card: does it fit?")
+@click.option("--json", "out", type=FILE, help="Write the lines as JSON to a file.")
+def memory(
+    overrides: tuple[str, ...], dims: str, gpus: int | None, tokens: int, limit: float, out: Path | None
+) -> None:
+    """Peak memory and work of a training configuration, from arithmetic that is shown. No weights are needed.
+
+    \b
+    Examples:
+      rbm bench memory experiment=lora_finetune
+      rbm bench memory experiment=rbm_1m --gpus 8 --limit 80
+      rbm bench memory experiment=lora_finetune data.micro_batches=1 optimization.tuning.gradient_checkpointing=false
+    """
+    from rbm.bench.memory import run, table
+
+    facts = run(overrides, dims, gpus, tokens, limit)
+    click.echo(table(facts))
+    if out is not None:
+        with whole_file(out) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
 def _print(facts: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     click.echo(text)

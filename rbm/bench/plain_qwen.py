@@ -8,7 +8,7 @@ compared with, so the outputs are the same.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from rbm.model import RewardModel, RewardOutput
 from rbm.model.backbones.qwen3_vl import HALF, Qwen3VLBackbone
-from rbm.model.batch import ClipBatch, _Tensors
+from rbm.model.batch import ClipBatch
 from rbm.model.pixels import normalised, patches
 
 
 @dataclass(frozen=True)
-class PlainBatch(_Tensors):
+class PlainBatch:
     """What a processor hands to the model: N rows of T places, padded on the right.
 
     Attributes:
@@ -39,6 +39,9 @@ class PlainBatch(_Tensors):
     image_grid_thw: Tensor
     frames: Tensor
     readouts: Tensor
+
+    def to(self, device: torch.device) -> PlainBatch:
+        return PlainBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 class PlainQwen(nn.Module):
@@ -69,38 +72,31 @@ class PlainQwen(nn.Module):
         backbone = self.reward.backbone
         assert isinstance(backbone, Qwen3VLBackbone)
         prompt, words, vision = backbone.prompt, backbone.words, backbone.model.config.vision_config
-        tokens, kinds, pixels, grids = [], [], [], []
-        numbers = clips.frame_ids[:, 0].split(clips.lengths.tolist())
+        pad = words.id_of(prompt.pad)
+        rows: list[Tensor] = []
+        pixels: list[Tensor] = []
+        grids: list[list[int]] = []
         pool = [frame for group in clips.frames for frame in group]
-        for shown, task in zip(numbers, clips.tasks, strict=True):
-            tail = prompt.closing + prompt.readout + prompt.end
-            steps = prompt.steps(len(shown), (("",),) * len(shown)) + tail
-            ids = torch.from_numpy(words.encode(prompt.question(task)).copy()).tolist()
-            ids += words.encode(steps).tolist()
-            row = []
-            frames = iter([pool[number] for number in shown.tolist()])
-            for token in ids:
-                count = 1
-                if token == words.id_of(prompt.pad):
-                    frame = next(frames)[None]
-                    cut = patches(
-                        normalised(frame, torch.float32, HALF, HALF),
-                        vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size,
-                    )  # fmt: skip
-                    pixels.append(cut)
-                    grids.append([1, frame.shape[1] // vision.patch_size, frame.shape[2] // vision.patch_size])
-                    count = len(cut) // vision.spatial_merge_size**2
-                row += [token] * count
-            tokens.append(torch.tensor(row))
-            kinds.append((tokens[-1] == words.id_of(prompt.pad)).long())
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(tokens, batch_first=True)
-        mask = pad([torch.ones_like(row) for row in tokens], batch_first=True)
-        flat = torch.where(mask.bool(), ids, -1).flatten()
+        for shown, task in zip(clips.frame_ids[:, 0].split(clips.lengths.tolist()), clips.tasks, strict=True):
+            steps = prompt.steps(len(shown), (("",),) * len(shown)) + prompt.closing + prompt.readout + prompt.end
+            counts = []
+            for number in shown.tolist():
+                pixel = normalised(pool[number][None], torch.float32, HALF, HALF)
+                pixels.append(patches(pixel, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size))
+                grids.append([1, pixel.shape[2] // vision.patch_size, pixel.shape[3] // vision.patch_size])
+                counts.append(len(pixels[-1]) // vision.spatial_merge_size**2)
+            tokens = torch.tensor([*words.encode(prompt.question(task)).tolist(), *words.encode(steps).tolist()])
+            repeats = torch.ones_like(tokens)
+            repeats[tokens == pad] = torch.tensor(counts)
+            rows.append(tokens.repeat_interleave(repeats))
+        padded = torch.nn.utils.rnn.pad_sequence
+        ids = padded(rows, batch_first=True)
+        mask = padded([torch.ones_like(row) for row in rows], batch_first=True)
+        flat = torch.where(mask.bool(), ids, torch.full_like(ids, -1)).flatten()
         return PlainBatch(
             input_ids=ids,
             attention_mask=mask,
-            mm_token_type_ids=pad(kinds, batch_first=True),
+            mm_token_type_ids=mask * (ids == pad),
             pixel_values=torch.cat(pixels),
             image_grid_thw=torch.tensor(grids),
             frames=torch.nonzero(flat == words.id_of(prompt.frame)).squeeze(1),

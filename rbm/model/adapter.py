@@ -134,7 +134,7 @@ def save_trained(
         return
     merge_lora(model)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    write_folder(folder, _uniform(state), model.backbone.files() | {CONFIG: described(model, facts)})
+    write_folder(folder, uniform(state), model.backbone.files() | {CONFIG: described(model, facts)})
 
 
 def save_adapter(
@@ -244,7 +244,7 @@ def complete(
             kind = as_dtype(base_dtype)
             taken = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in taken.items()}
         named |= taken
-    fill(model, _uniform(merged_state(named, alpha, what)), what)
+    fill(model, uniform(merged_state(named, alpha, what)), what)
     return model
 
 
@@ -341,9 +341,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _uniform(state: State) -> State:
-    """Floating tensors as float32, if they are of several precisions."""
-    if len({tensor.dtype for tensor in state.values() if tensor.is_floating_point()}) < 2:
+def uniform(state: State) -> State:
+    """Floating tensors as float32, if they are of several precisions; single numbers do not count."""
+    if len({tensor.dtype for tensor in state.values() if tensor.is_floating_point() and tensor.ndim}) < 2:
         return state
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 

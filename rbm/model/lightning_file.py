@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from rbm.errors import UserError
-from rbm.model.adapter import base_weights, fingerprint, merged_state, plain_name
+from rbm.model.adapter import complete, uniform
 from rbm.model.checkpoint import empty
 from rbm.model.reward_model import RewardModel
-from rbm.model.weights import State, fill
+from rbm.model.weights import fill
 
 METADATA, REST = ".metadata", "meta.pt"
 STATE = "state_dict"
@@ -178,33 +178,12 @@ def _model(rest: Mapping[str, Any], state: Mapping[str, Any], what: str) -> Rewa
     if not isinstance(facts.get("model"), dict):
         raise UserError(f"{what} does not say how its model is made: continue its run once with this version")
     named = {name.removeprefix(MODULE): tensor for name, tensor in state.items() if name.startswith(MODULE)}
-    if "left_out" in rest:
-        named |= _left_out(facts, {plain_name(name) for name in named}, rest["left_out"], what)
-    if any(".lora_" in name for name in named):
-        named = merged_state(named, float(facts["lora_alpha"]), what)
-    if len({tensor.dtype for tensor in named.values() if tensor.is_floating_point()}) > 1:
-        named = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in named.items()}
     model = empty(facts["model"], facts.get("files", {}))
-    fill(model, named, what)
+    if "left_out" in rest or any(".lora_" in name for name in named):
+        alpha, dtype = float(facts.get("lora_alpha") or 0), facts.get("frozen_dtype")
+        return complete(model, named, what, alpha, facts.get("base"), rest.get("left_out"), dtype).eval()
+    fill(model, uniform(named), what)
     return model.eval()
-
-
-def _left_out(facts: Mapping[str, Any], there: set[str], known: str, what: str) -> State:
-    """Weights that a run did not train and so did not write, from where it had them.
-
-    Raises:
-        UserError: they cannot be had, or are others now.
-    """
-    if facts.get("base") is None:
-        raise UserError(f"{what} lacks weights that its run did not train, and they were random: let the run finish")
-    found = base_weights(facts["base"], facts["model"]["backbone"]["type"], what)
-    found = {name: tensor for name, tensor in found.items() if name not in there}
-    if fingerprint(found) != known:
-        raise UserError(
-            f"{what} was trained on other weights than {facts['base']} holds now: bring them back as they were"
-        )
-    dtype = facts.get("frozen_dtype")
-    return found if dtype is None else {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
 
 
 def _line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -65,12 +66,16 @@ class StopCleanly(Callback):
 
     A second Ctrl-C interrupts at once; the last checkpoint written stays. Of several processes it is enough that one
     gets the signal: all stop at the same step.
+
+    Args:
+        path: of that checkpoint.
     """
 
     SAME = 2.0
     """Seconds in which another signal is the same one again: who starts the processes passes on what all have got."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.asked = False
         self._speaks = False
         self._since = 0.0
@@ -100,6 +105,7 @@ class StopCleanly(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and anywhere(self.asked):
             if not self.asked:
                 self._accept()
+            trainer.save_checkpoint(self.path, weights_only=False)  # in the midst of it, as the regular ones are
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

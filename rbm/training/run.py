@@ -102,13 +102,12 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
         "config": plain(config),
     }
     base = base_of(config)
-    stop = StopCleanly()
-    trainer = _trainer(config, folder, data, facts | architecture(model, base), stop)
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer = _trainer(config, folder, data, facts | architecture(model, base), StopCleanly(last))
     if config.threads and trainer.world_size > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # else Lightning sets a number of its own
     if trainer.is_global_zero:
         _claim(folder, config)  # not before all that could be refused has been made
-    last = folder / "checkpoints" / "last.ckpt"
     resume = latest(last)
     if resume:
         _check_checkpoint(resume, data)
@@ -122,7 +121,6 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
                 raise error.__context__ from None
             raise
         if trainer.global_step < trainer.max_steps:
-            trainer.save_checkpoint(last, weights_only=False)
             if not trainer.is_global_zero:
                 raise SystemExit(0)
             raise Interrupted(

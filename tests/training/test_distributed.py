@@ -18,19 +18,21 @@ import torch
 import two_processes
 from safetensors.torch import load_file
 
+from rbm.config import compose
 from rbm.corpus import Corpus
 from rbm.errors import UserError
 from rbm.model import RewardModel
 from rbm.model.lightning_file import load_lightning, load_sharded, read_rest
-from rbm.training.parallel import anywhere, processes, together
+from rbm.training.parallel import Replicated, Sharded, anywhere, placement, processes, together
 from rbm.training.run import train
 
 KINDS = ("nano", "qwen")
 STRATEGIES = ("ddp", "fsdp")
+PRECISIONS = ("bf16-mixed", "bf16-true")
 LORA = "++optimization.tuning={_target_: rbm.training.tuning.Tuning, language: lora, vision: last, vision_blocks: 1, " \
        "vision_lr: 1e-5, lora: {r: 4, alpha: 8, dropout: 0.0}, gradient_checkpointing: true}"  # fmt: skip
 CLI = ["model.backbone.image_size=32", "model.backbone.width=8", "model.backbone.hidden=32", "model.backbone.heads=2",
-       "model.backbone.layers=1", "model.context_frames=6", "trainer.max_steps=60",
+       "model.backbone.layers=1", "model.context_frames=6", "model.dropout=0.0", "trainer.max_steps=24",
        "trainer.checkpoint_every=3"]  # fmt: skip
 
 
@@ -63,13 +65,19 @@ def done(bare_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append({"do": "train", "model": kind, "config": more})
     micro = options(root / "nano-micro", bare_corpus, two, "trainer.strategy=fsdp", "data.micro_batches=2")
     jobs.append({"do": "train", "model": "nano", "config": micro})
+    for precision in PRECISIONS:
+        more = options(root / precision, bare_corpus, two, "trainer.strategy=fsdp", f"trainer.precision={precision}")
+        jobs.append({"do": "train", "model": "qwen", "config": more})
     for strategy in STRATEGIES:
         more = options(root / f"lora-{strategy}", bare_corpus, two, f"trainer.strategy={strategy}", LORA)
         jobs.append({"do": "train", "model": "qwen", "config": more})
-        long = ["trainer.max_steps=16", "trainer.checkpoint_every=2", f"trainer.strategy={strategy}", two]
+        long = ["trainer.max_steps=12", "trainer.checkpoint_every=2", f"trainer.strategy={strategy}", two]
         for name, ways in (("unbroken", [False]), ("stopped", [True, False])):
             more = options(root / f"{name}-{strategy}", bare_corpus, *long)
             jobs += [{"do": "train", "model": "nano", "config": more, "stop": stop} for stop in ways]
+        more = options(root / f"full-{strategy}", bare_corpus, two, f"trainer.strategy={strategy}")
+        jobs.append({"do": "train", "model": "nano", "config": more, "limit": 30_000})
+    jobs.append({"do": "fail", "out": str(root)})
     plan = root / "plan.json"
     plan.write_text(json.dumps(jobs))
     ended = torchrun(two_processes.__file__, str(plan))
@@ -88,16 +96,23 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+def ended(folder: Path) -> list[str]:
+    """How a job ended for each process."""
+    return [(folder / f"ended-{rank}.txt").read_text() for rank in range(2)]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def assert_same(a: Path, b: Path, tolerance: float) -> None:
-    """Losses of every step and the weights at the end."""
+def assert_same(a: Path, b: Path, tolerance: float, prefix: str = "") -> None:
+    """What was logged of every step (under names with a prefix), and the weights at the end."""
     ours, theirs = losses(a), losses(b)
     assert ours.keys() == theirs.keys()
     for step, values in ours.items():
-        assert values == pytest.approx(theirs[step], abs=tolerance), f"step {step}"
+        expected = {name: value for name, value in theirs[step].items() if name.startswith(prefix)}
+        found = {name: value for name, value in values.items() if name.startswith(prefix)}
+        assert found == pytest.approx(expected, abs=tolerance), f"step {step}"
     x, y = weights(a), weights(b)
     assert x.keys() == y.keys()
     for name in x:
@@ -155,10 +170,21 @@ def test_lora_and_part_of_the_tower_with_checkpointing(done, alone, strategy):
     assert_same(done / f"lora-{strategy}", alone / "lora", 1e-5)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bfloat16_is_near(done, alone, precision):
+    exact, near = losses(alone / "qwen"), losses(done / precision)
+    assert all(near[step] == pytest.approx(exact[step], rel=0.02, abs=0.15) for step in exact)
+    found = weights(done / precision)
+    assert found["progress_head.0.weight"].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert found["success_temperature"].dtype == torch.float32
+    model = load_sharded(done / precision / "checkpoints" / "last.ckpt")
+    assert model.backbone.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_signal_to_one_stops_both_at_the_same_step_and_they_continue_as_if_never_stopped(done, strategy):
     folder = done / f"stopped-{strategy}"
-    assert (folder / "ended.txt").read_text() == "finished"
+    assert ended(folder) == ["finished", "finished"]
     starts = sorted(folder.glob("logs/version_*/metrics.csv"))
     assert len(starts) == 2
     assert_same(folder, done / f"unbroken-{strategy}", 1e-6)
@@ -179,12 +205,28 @@ def test_a_checkpoint_is_the_model(done, name, tmp_path):
     assert all(torch.equal(x, found[key]) for key, x in again.state_dict().items())
 
 
+def test_a_checkpoint_without_what_was_not_trained_finds_it_where_the_run_had_it(bare_corpus, tmp_path):
+    base = tmp_path / "base"
+    two_processes.tiny("qwen").save_pretrained(str(base))
+    start = ["data.validation_pairs=0", "trainer.max_steps=2", "optimization.lr=1e-2"]
+    config = two_processes.config_of("qwen", options(tmp_path / "run", bare_corpus, f"init='{base}'", LORA, *start))
+    finished = RewardModel.from_pretrained(str(train(config)))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert "left_out" in read_rest(last)
+    found = load_lightning(last).state_dict()
+    for name, tensor in finished.state_dict().items():
+        if not name.startswith("success_"):
+            assert torch.equal(found[name], tensor), name
+    two_processes.tiny("qwen", seed=1).save_pretrained(str(base))
+    with pytest.raises(UserError, match=r"was trained on other weights than .* holds now"):
+        load_lightning(last)
+
+
 def test_interrupted_and_killed_at_the_command_line(bare_corpus, tmp_path):
     """Started by Lightning itself: Ctrl-C to all of them, then SIGKILL to all, then to the end by torchrun."""
     folder = tmp_path / "run"
-    overrides = [*two_processes.RUN, *CLI, *options(folder, bare_corpus, "trainer.devices=2", "trainer.strategy=fsdp")]
-    overrides.remove("trainer.max_steps=4")
-    overrides.remove("trainer.checkpoint_every=2")
+    common = [*two_processes.RUN, *CLI]  # of two values for a key the later one holds
+    overrides = [*common, *options(folder, bare_corpus, "trainer.devices=2", "trainer.strategy=fsdp")]
     command = [sys.executable, "-m", "rbm.cli", "train", *overrides]
     last = folder / "checkpoints" / "last.ckpt"
 
@@ -195,11 +237,11 @@ def test_interrupted_and_killed_at_the_command_line(bare_corpus, tmp_path):
             return 0
 
     def started(until: int) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # in a group of its own, which is what a terminal signals
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         while step() < until and process.poll() is None:
-            time.sleep(0.1)
+            time.sleep(0.03)
         return process
 
     stopped = started(3)
@@ -210,7 +252,7 @@ def test_interrupted_and_killed_at_the_command_line(bare_corpus, tmp_path):
     assert "Traceback" not in said
     assert printed == ""
     reached = step()
-    assert 3 <= reached < 60
+    assert 3 <= reached < 24
     killed = started(reached + 3)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)
@@ -219,15 +261,46 @@ def test_interrupted_and_killed_at_the_command_line(bare_corpus, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(folder / "model")]
     assert ended.stderr.count("continuing") == 1
-    assert sorted(losses(folder)) == list(range(60))
+    whole = tmp_path / "whole"
+    train(compose("train", [*common, *options(whole, bare_corpus)]))
+    assert_same(folder, whole, 1e-5, "train/")
     assert RewardModel.from_pretrained(str(folder)).context_frames == 6
 
 
-def test_what_one_process_cannot_read_is_one_line_and_ends_both(bare_corpus, tmp_path):
-    corpus = moving_dot.write_corpus(tmp_path / "corpus", dense=False)
-    overrides = [*two_processes.RUN, *CLI[:-2], *options(tmp_path / "run", corpus, "trainer.devices=3")]
-    ended = torchrun("-m", "rbm.cli", "train", *overrides)
-    assert "torchrun has started 2 processes, but trainer.devices=3" in ended.stderr
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_full_disk_ends_both_and_the_first_says_so(done, strategy):
+    folder = done / f"full-{strategy}"
+    first, second = ended(folder)
+    assert first.startswith(f"UserError: cannot write to {folder}: ")
+    assert "\n" not in first
+    assert second == "SystemExit: 2"
+    assert not (folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_what_fails_on_one_process_fails_on_both(done):
+    assert ended(done) == ["Elsewhere: process 1 has failed: UserError: only here", "UserError: only here"]
+
+
+def test_other_processes_than_asked_for_are_refused(monkeypatch):
+    asked = {"strategy": "auto", "precision": "32-true", "accelerator": "cpu", "devices": 1, "num_nodes": 1}
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"torchrun has started 2 processes, but trainer.devices=1 .* makes 1"):
+        placement(asked)
+    assert isinstance(placement(asked | {"devices": 2})["strategy"], Replicated)
+    assert isinstance(placement(asked | {"num_nodes": 2, "strategy": "fsdp"})["strategy"], Sharded)
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    with pytest.raises(UserError, match="SLURM has started 4 processes"):
+        placement(asked)
+    placed = placement(asked | {"devices": 2, "num_nodes": 2})
+    assert [plugin.auto_requeue for plugin in placed["plugins"]] == [False]
+    monkeypatch.undo()
+    for wrong in ({"strategy": "magic"}, {"precision": "17"}):
+        with pytest.raises(UserError, match="choose"):
+            placement(asked | wrong)
 
 
 def test_processes_by_devices():

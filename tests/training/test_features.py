@@ -207,12 +207,16 @@ def test_training_from_features_is_training_on_frames_without_the_tower(cached, 
     fit_success(plain.eval(), on_frames)
     fit_success(lean.eval(), from_features)
     assert float(lean.success_bias) == pytest.approx(float(plain.success_bias), abs=1e-2)
+    clips = batches(from_features, steps=1)[0].batch.clips
+    blind = replace(clips, frames=tuple(group * 0 for group in clips.frames))
+    with torch.inference_mode():  # and what is read matters
+        assert (lean(clips).progress_logits - lean(blind).progress_logits).abs().max() > 1e-2
 
 
 def test_half_precision_changes_the_losses_little(cached, dot_corpus, tmp_path):
     kind, place, _ = cached
     expected = None
-    for dtype, bound in (("float32", 0), ("bfloat16", 2e-2), ("float16", 2e-3)):
+    for dtype, bound in (("float32", 0), ("bfloat16", 2e-3), ("float16", 5e-4)):
         call(place, dot_corpus.location, "--dtype", dtype, "--out", tmp_path / dtype)
         model = RewardModel.from_pretrained(str(place))
         module = data_module(model, dot_corpus, tmp_path / dtype)
@@ -220,8 +224,7 @@ def test_half_precision_changes_the_losses_little(cached, dot_corpus, tmp_path):
         found = fitted(model, module, steps=2)
         expected = found if expected is None else expected
         difference = np.abs(found[0] - expected[0]).max()
-        print(f"{kind} {dtype}: losses of the first step differ by {difference:.1e}")
-        assert difference <= bound
+        assert difference <= bound, f"{kind} {dtype}"
     size = (tmp_path / "float32/features-00000.bin").stat().st_size
     assert (tmp_path / "bfloat16/features-00000.bin").stat().st_size * 2 == size
 

@@ -3,20 +3,23 @@
 PLAN is a JSON file, a list of jobs that are done one after the other in one process group:
 
     {"do": "gradients", "model": "nano", "out": FILE}    a step's clipped gradient under FSDP, put together
-    {"do": "train", "model": "nano", "config": [KEY=VALUE, …], "stop": false}
+    {"do": "train", "model": "nano", "config": [KEY=VALUE, …], "stop": false, "limit": null}
+    {"do": "fail", "out": FOLDER}                        the second process fails, and the first learns of it
 
-With `stop` the second process, and only that one, gets a SIGTERM once there is a checkpoint.
+With `stop` the second process, and only that one, gets a SIGTERM once there is a checkpoint. `limit` is the most bytes
+that a file can have, as if the disk were full. How a job ended for each process stands in `ended-RANK.txt`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from rbm.config import compose
+from rbm.errors import UserError
 from rbm.model import LossWeights, PairBatch, RewardModel, reward_losses
 from rbm.model.backbones import NanoBackbone
 from rbm.training.data import Onward, PairDataModule, Share
-from rbm.training.parallel import before, outline, shard, whole
-from rbm.training.run import Interrupted, train
+from rbm.training.parallel import before, outline, shard, together, whole
+from rbm.training.run import train
 
 RUN = ["data.workers=0", "data.validation_pairs=8", "data.heldout_tasks=[]", "data.heldout_per_quality=1",
        "data.validation_per_quality=1", "data.use_dense=false", "data.pairs_per_step=4", "trainer.accelerator=cpu",
@@ -49,7 +53,7 @@ def tiny(kind: str, seed: int = 0) -> RewardModel:
     if kind == "nano":
         backbone = NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2, words=64)
         return RewardModel(backbone, context_frames=6, dropout=0.0)
-    return tiny_vlm.qwen3_model(seed, context_frames=4, dropout=0.0)
+    return tiny_vlm.qwen3_model(seed, context_frames=4, dropout=0.0).train()
 
 
 def config_of(kind: str, overrides: list[str]) -> DictConfig:
@@ -107,27 +111,38 @@ def run(job: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=watch, daemon=True).start()
-    ended = "finished"
+    before_it = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (job.get("limit") or before_it[0], before_it[1]))
     try:
-        with contextlib.suppress(SystemExit):
-            train(config)
-    except Interrupted as stopped:
-        ended = str(stopped)
-    if os.environ["RANK"] == "0":
-        Path(config.run_dir, "ended.txt").write_text(ended)
+        ended = ending(lambda: train(config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before_it)
+    Path(config.run_dir, f"ended-{os.environ['RANK']}.txt").write_text(ended)
+
+
+def fail(job: dict[str, Any]) -> None:
+    def one_fails() -> None:
+        with together():
+            if os.environ["RANK"] == "1":
+                raise UserError("only here")
+
+    Path(job["out"], f"ended-{os.environ['RANK']}.txt").write_text(ending(one_fails))
+
+
+def ending(what: Callable[[], object]) -> str:
+    try:
+        what()
+    except (UserError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return "finished"
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if job["do"] == "gradients":
-            if not torch.distributed.is_initialized():
-                torch.distributed.init_process_group("gloo")
-            gradients(job)
-        else:
-            run(job)
-    with contextlib.suppress(ValueError):
-        torch.distributed.destroy_process_group()
+        {"gradients": gradients, "train": run, "fail": fail}[job["do"]](job)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
