@@ -305,8 +305,10 @@ def shard(model: RewardModel, mesh: DeviceMesh, precision: Precision) -> None:
     if isinstance(precision, MixedPrecision):
         # autocast brings the inputs of each operation to the right precision
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # a part that some processes run and others do not goes with the rest, which is gathered at every step anyway
-    apart = {id(module) for name in model.backbone.never_trained for module in getattr(model.backbone, name).modules()}
+    # A part that not every process runs equally often (the tower: once for each size of frames; sentences that are
+    # known already) goes with the rest, which is gathered once a step: else one process waits for weights for ever.
+    parts = [model.backbone.tower, *(getattr(model.backbone, name) for name in model.backbone.never_trained)]
+    apart = {id(module) for part in parts for module in part.modules()}
     found = [module for module in model.backbone.modules() if id(module) not in apart]
     lists = [module for module in found if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in reversed(lists) for block in blocks]
