@@ -34,7 +34,7 @@ COMMANDS = {
     "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),
     "score": ("rbm.scoring.cli", "score", "Progress and success of a video, frame by frame."),
     "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
-    "bench": ("rbm.bench.cli", "bench", "Measure this machine: storing, opening, drawing, reading."),
+    "bench": ("rbm.bench.cli", "bench", "Measure this machine: storing, reading, training; what fits in memory."),
     "export": ("rbm.model.export_cli", "export", "Write a model in another layout: ours, or the published ones."),
     "rank": ("rbm.scoring.cli", "rank", "Order several attempts, best first."),
     "push": ("rbm.model.hub_cli", "push", "Send a model to the Hugging Face hub."),
