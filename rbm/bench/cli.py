@@ -120,7 +120,7 @@ def codecs(frames: Path | None, rounds: int, out: Path | None) -> None:
 
 @bench.command()
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, …; auto: a GPU if there is one.")
-@click.option("--dims", type=click.Choice(["tiny", "small", "4b"]), default="small", show_default=True)
+@click.option("--dims", type=click.Choice(["tiny", "small", "even", "4b"]), default="small", show_default=True)
 @click.option("--pairs", type=click.IntRange(1), default=16, show_default=True, help="Of a step.")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Of each way that are timed.")
 @click.option("--batches", type=click.IntRange(1), default=3, show_default=True, help="Different ones.")

@@ -62,6 +62,21 @@ _VISION_SMALL = _VISION_4B | {
     "deepstack_visual_indexes": [1],
 }
 
+# A tower as deep and as wide as its language model, on which it weighs most: what cached features can give at best.
+_TEXT_EVEN = _TEXT_SMALL | {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32, "intermediate_size": 1024,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5000000.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
+    },
+}  # fmt: skip
+_VISION_EVEN = _VISION_SMALL | {
+    "depth": 6,
+    "hidden_size": 256,
+    "num_heads": 8,
+    "intermediate_size": 1024,
+    "out_hidden_size": 256,
+    "deepstack_visual_indexes": [1, 3],
+}
+
 # For tests: widths below a hundred, where the overhead of each call is most of the time.
 _TEXT_TINY = _TEXT_SMALL | {
     "hidden_size": 64,
@@ -87,6 +102,7 @@ _VISION_TINY = _VISION_SMALL | {
 DIMS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "4b": (_TEXT_4B, _VISION_4B),
     "small": (_TEXT_SMALL, _VISION_SMALL),
+    "even": (_TEXT_EVEN, _VISION_EVEN),
     "tiny": (_TEXT_TINY, _VISION_TINY),
 }
 

@@ -42,7 +42,7 @@ from rbm.trajectory import Quality, Task
 WAYS = ("plain", "packed", "shared", "cached")
 CONTEXT = 8
 STRATEGIES = {"outcome": 1.0, "wrong_task": 1.0, "rewind": 1.0, "reverse": 1.0}
-FRAME = {"4b": (240, 320), "small": (240, 240), "tiny": (240, 240)}
+FRAME = {"4b": (240, 320), "small": (240, 240), "even": (240, 240), "tiny": (240, 240)}
 """Height and width of stored frames: 80 visual tokens, and 64."""
 
 

@@ -67,9 +67,9 @@ def evaluate(overrides: tuple[str, ...], show: bool) -> None:
 def trained_on(checkpoint: str | None, heldout_tasks: Sequence[str]) -> list[str]:
     """Which of the tasks held out here the checkpoint did not hold out when it was trained, by its own record."""
     from rbm.assets import nano_weights
-    from rbm.model.checkpoint import describe
+    from rbm.model.checkpoint import facts_of
 
-    record = describe(checkpoint or nano_weights())["facts"].get("tasks")
+    record = facts_of(checkpoint or nano_weights()).get("tasks")
     return [] if record is None else [task for task in heldout_tasks if task in record]
 
 

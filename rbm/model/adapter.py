@@ -31,7 +31,7 @@ from rbm.errors import UserError
 from rbm.model.backbones import backbone_class
 from rbm.model.checkpoint import CONFIG, FORMAT, as_dtype, describe, described, empty, load
 from rbm.model.reward_model import RewardModel
-from rbm.model.weights import State, fill, listed, read_file, read_json, write_folder
+from rbm.model.weights import State, fill, listed, read_file, read_json, read_text, write_folder
 
 WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -195,8 +195,10 @@ def load_adapter(folder: str | os.PathLike[str]) -> RewardModel:
         replaced = [str(name) for name in entry.get("replaced", [])]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source / LORA_CONFIG} is no configuration of LoRA: {error!r}") from error
+    if Path(entry["base"]).exists() and Path(entry["base"]).resolve() == source.resolve():
+        raise UserError(f"{source / CONFIG} names its own folder as its base: say where the base model is")
     texts = (path for path in sorted(source.glob("*.json")) if path.name not in (CONFIG, LORA_CONFIG))
-    model = empty(description["model"], {path.name: path.read_text() for path in texts})
+    model = empty(description["model"], {path.name: read_text(path) for path in texts})
     kept = {name.removeprefix(PREFIX): tensor for name, tensor in read_file(source / WEIGHTS).items()}
     _check_names(model, kept, layers, replaced, str(source / WEIGHTS))
 

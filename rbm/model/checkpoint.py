@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from rbm.errors import UserError
 from rbm.model.reward_model import RewardModel
-from rbm.model.weights import WEIGHTS, fill, read_folder, read_json, write_folder
+from rbm.model.weights import WEIGHTS, fill, read_folder, read_json, read_text, write_folder
 
 FORMAT = "rbm-reward-model"
 VERSION = 1
 CONFIG = "config.json"
+SHARDED = ".metadata"
+"""What the folder of a sharded checkpoint has."""
 
 
 def save(model: RewardModel, folder: str | os.PathLike[str], facts: dict[str, Any] | None = None) -> None:
@@ -42,6 +45,29 @@ def load(place: str | os.PathLike[str], dtype: str | torch.dtype | None = None) 
 
 
 def _load(place: str | os.PathLike[str]) -> RewardModel:
+    source = found(place)
+    try:
+        return _loaded(source)
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"checkpoint {source} cannot be loaded: its configuration or weights are damaged, or of a kind that is not "
+            f"known here ({why})"
+        ) from error
+
+
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+"""What libraries raise at values that make no sense to them."""
+
+
+def found(place: str | os.PathLike[str]) -> Path:
+    """The file or folder of a checkpoint: fetched from the hub if it is not here; of a run's folder its model.
+
+    Raises:
+        UserError: nothing is there, and it is no id on the hub; or it cannot be fetched.
+    """
     source = Path(place)
     if not source.exists():
         from rbm.model.hub import fetch, is_hub_id
@@ -49,16 +75,20 @@ def _load(place: str | os.PathLike[str]) -> RewardModel:
         if not is_hub_id(os.fspath(place)):
             raise UserError(f"checkpoint {place} is neither a file or folder nor an id on the hub such as org/name")
         source = fetch(os.fspath(place))
+    if source.is_dir() and not (source / CONFIG).exists() and (source / "model" / CONFIG).exists():
+        source = source / "model"
+    return source
+
+
+def _loaded(source: Path) -> RewardModel:
     if source.is_file():
         from rbm.model.lightning_file import load_lightning
 
         return load_lightning(source)
-    if (source / ".metadata").exists():
+    if (source / SHARDED).exists():
         from rbm.model.lightning_file import load_sharded
 
         return load_sharded(source)
-    if not (source / CONFIG).exists() and (source / "model" / CONFIG).exists():
-        source = source / "model"  # the folder of a run
     config = read_json(source / CONFIG)
     if config.get("format") != FORMAT:
         from rbm.model.published import is_published, load_published
@@ -75,18 +105,21 @@ def _load(place: str | os.PathLike[str]) -> RewardModel:
 def load_own(source: Path) -> RewardModel:
     """Read what `save` wrote."""
     description = describe(source)
-    files = {path.name: path.read_text() for path in sorted(source.glob("*.json")) if path.name != CONFIG}
+    files = {path.name: read_text(path) for path in sorted(source.glob("*.json")) if path.name != CONFIG}
     model = empty(description["model"], files)
     fill(model, read_folder(source), str(source / WEIGHTS))
     return model
 
 
-def describe_facts(place: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts that a folder of ours carries; none of anything else."""
-    for path in (Path(place, CONFIG), Path(place, "model", CONFIG)):
-        if path.is_file() and (found := read_json(path)).get("format") == FORMAT:
-            return dict(found.get("facts") or {})
-    return {}
+def facts_of(place: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts that a checkpoint of ours carries (corpus, snapshot, tasks, …); none of anything else."""
+    source = found(place)
+    if source.is_file() or (source / SHARDED).exists():
+        from rbm.model.lightning_file import read_rest
+
+        return {name: value for name, value in read_rest(source)["rbm"].items() if name not in ("model", "files")}
+    config = read_json(source / CONFIG)
+    return dict(config.get("facts") or {}) if config.get("format") == FORMAT else {}
 
 
 def empty(config: dict[str, Any], files: dict[str, str]) -> RewardModel:

@@ -30,13 +30,13 @@ def export(checkpoint: str, folder: Path, layout: str, dtype: str | None) -> Non
       rbm export models/mine out --to lerobot
     """
     from rbm.model import RewardModel
-    from rbm.model.checkpoint import describe_facts
+    from rbm.model.checkpoint import facts_of
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: give a new folder, or empty it")
     model = RewardModel.from_pretrained(checkpoint, dtype)
     if layout == "ours":
-        model.save_pretrained(str(folder), describe_facts(checkpoint))
+        model.save_pretrained(str(folder), facts_of(checkpoint))
     else:
         from rbm.model.published import save_published
 

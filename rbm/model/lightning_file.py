@@ -126,7 +126,7 @@ def read_rest(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = torch.load(source, weights_only=True, map_location="cpu", mmap=True)
     except _UNREADABLE as error:
         raise UserError(
-            f"{source} cannot be read: it is truncated, or holds more than numbers ({_line(error)})"
+            f"{source} cannot be read: it is truncated, or holds more than numbers and plain values"
         ) from error
     if not isinstance(found, dict) or not isinstance(found.get("rbm"), dict):
         raise UserError(f"{source} is not a checkpoint of `rbm train`: the entry 'rbm' is missing")

@@ -105,6 +105,9 @@ def packed_attention(
     if streams is None:
         raise RuntimeError(f"attention {PACKED!r} needs its streams: call the backbone, not the model in it")
     q, k, v = (x[0].transpose(0, 1).index_select(0, streams.gather) for x in (query, key, value))  # (M, H, D)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and not _brief(q):  # the kernels that know groups of heads there are for 16 bits
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     found = []
     start = 0
     for B, n in streams.sizes:
@@ -116,6 +119,12 @@ def packed_attention(
         found.append(seen.transpose(1, 2).flatten(0, 1))
         start = stop
     return torch.cat(found).index_select(0, streams.scatter)[None], None
+
+
+def _brief(x: Tensor) -> bool:
+    """Whether attention computes in 16 bits."""
+    kind = x.device.type
+    return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype) != torch.float32
 
 
 def register() -> None:

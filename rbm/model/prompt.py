@@ -12,6 +12,7 @@ instruction share; else text runs on (the published layout), and words are merge
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -76,6 +77,11 @@ class Prompt:
         if unknown:
             raise ValueError(f"a prompt has no {', '.join(sorted(unknown))}")
         return cls(**values)
+
+    def signs(self) -> list[str]:
+        """Special tokens that the words around the frames are made of, but the markers: a tokenizer must have them."""
+        found = re.findall(r"<[^<>\s]+>", self.opening + self.image + self.pad + self.end)
+        return [sign for sign in dict.fromkeys(found) if sign not in MARKERS]
 
     def question(self, task: str, pair: bool = False) -> str:
         return self.opening + (self.pair if pair else self.clip).replace("{task}", task)

@@ -28,7 +28,7 @@ from rbm.model.heads import PROGRESS_BINS
 from rbm.model.prompt import PUBLISHED, PUBLISHED_WITH_PROGRESS, Prompt
 from rbm.model.reward_model import RewardModel
 from rbm.model.tokens import TOKENIZER
-from rbm.model.weights import State, fill, listed, read_folder, write_folder
+from rbm.model.weights import State, fill, listed, read_folder, read_text, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Settings:
     pooling: str = "mean"
     pool_temperature: float = 1.0
     progress_loss: str = "discrete"
+    bins: int = PROGRESS_BINS
     pair_progress: bool = True
     frames: int = 8
 
@@ -151,6 +152,7 @@ def _empty(folder: Path, architecture: dict[str, Any], settings: Settings, bins:
                 words,
                 pooling="token" if settings.tokens else POOLINGS[settings.pooling],
                 pool_temperature=settings.pool_temperature,
+                base=settings.base,
             ),
             context_frames=max(2, settings.frames),
             pair="causal",
@@ -162,13 +164,13 @@ def _empty(folder: Path, architecture: dict[str, Any], settings: Settings, bins:
 
 def _tokenizer(folder: Path, settings: Settings) -> str:
     if (folder / TOKENIZER).is_file():
-        return (folder / TOKENIZER).read_text()
+        return read_text(folder / TOKENIZER)
     from rbm.model.hub import fetch
 
     base = Path(settings.base) if Path(settings.base).is_dir() else fetch(settings.base, ["tokenizer*"])
     if not (base / TOKENIZER).is_file():
         raise UserError(f"neither {folder} nor its base model {settings.base} has a {TOKENIZER}")
-    return (base / TOKENIZER).read_text()
+    return read_text(base / TOKENIZER)
 
 
 def published_name(name: str, lerobot: bool) -> str:
@@ -215,6 +217,8 @@ def save_published(model: RewardModel, folder: Path, layout: str) -> None:
         UserError: the layout cannot hold this model.
     """
     backbone = _expressible(model)
+    if backbone.resize == "device":
+        log.warning("published models are given frames that Pillow has resized: scores will differ by about 1e-4")
     lerobot = layout == "lerobot"
     state = {
         published_name(name, lerobot): x.detach() for name, x in model.state_dict().items() if name not in OURS_ALONE
@@ -258,8 +262,10 @@ def _expressible(model: RewardModel) -> VisionLanguageBackbone:
     }
     if backbone.prompt not in words:
         problems.append("its prompt is another")
-    if backbone.views:
-        problems.append("its steps show several views")
+    if backbone.views or backbone.view_tags == "embedding":
+        problems.append("its steps show several views, or views with vectors of their own")
+    if model.target != "clip_relative":
+        problems.append("its progress counts from the start of the trajectory (published: from that of the clip)")
     if model.remaining:
         problems.append("it has a head for the time that remains")
     if problems:
@@ -269,6 +275,8 @@ def _expressible(model: RewardModel) -> VisionLanguageBackbone:
 
 def _settings(model: RewardModel, backbone: VisionLanguageBackbone) -> Settings:
     return Settings(
+        base=backbone.base or BASE,
+        bins=model.progress_bins if model.progress_bins > 1 else PROGRESS_BINS,
         tokens=backbone.pooling == "token",
         pooling={"token": "mean", "last": "boundary"}.get(backbone.pooling, backbone.pooling),
         pool_temperature=backbone.pool_temperature,
@@ -288,7 +296,7 @@ def _model_settings(settings: Settings, dtype: str) -> dict[str, Any]:
         "frame_pooling": settings.pooling,
         "frame_pooling_attn_temperature": settings.pool_temperature,
         "progress_loss_type": settings.progress_loss,
-        "progress_discrete_bins": PROGRESS_BINS,
+        "progress_discrete_bins": settings.bins,
     }
 
 
@@ -296,7 +304,7 @@ def _yaml_config(settings: Settings, dtype: str) -> dict[str, Any]:
     return {
         "model": _model_settings(settings, dtype),
         "data": {"max_frames": settings.frames, "progress_loss_type": settings.progress_loss, "use_multi_image": True},
-        "loss": {"progress_loss_type": settings.progress_loss, "progress_discrete_bins": PROGRESS_BINS},
+        "loss": {"progress_loss_type": settings.progress_loss, "progress_discrete_bins": settings.bins},
         "training": {"predict_pref_progress": settings.pair_progress},
     }
 

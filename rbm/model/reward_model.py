@@ -128,7 +128,7 @@ class RewardModel(nn.Module):
         """
         if self.preference == "utility":
             states = self.backbone(batch, PairMode.READOUT)
-            utility = self.preference_head(states.readouts).squeeze(-1)
+            utility = self.preference_head(self._for_heads(states.readouts)).squeeze(-1)
             compared = None if pairs is None else utility[pairs[:, 0]] - utility[pairs[:, 1]]
         else:
             utility = None
@@ -136,14 +136,19 @@ class RewardModel(nn.Module):
             if pairs is not None:
                 mode = PairMode.JOINT if self.pair == "isolated" else PairMode.CAUSAL
             states = self.backbone(batch, mode, pairs)
-            compared = None if pairs is None else self.preference_head(states.readouts).squeeze(-1)
+            compared = None if pairs is None else self.preference_head(self._for_heads(states.readouts)).squeeze(-1)
+        frames = self._for_heads(states.frames)
         return RewardOutput(
-            progress_logits=self.progress_head(states.frames),
-            success_logits=self.success_head(states.frames).squeeze(-1),
+            progress_logits=self.progress_head(frames),
+            success_logits=self.success_head(frames).squeeze(-1),
             utility=utility,
             preference_logits=compared,
             remaining_logits=self.remaining_head(states.frames) if self.remaining else None,
         )
+
+    def _for_heads(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the heads' precision, where a checkpoint holds them in another than the backbone."""
+        return hidden.to(next(self.progress_head.parameters()).dtype)
 
     def decode(self, output: RewardOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Progress, its standard deviation, and calibrated success probability: three float32 (F,)."""

@@ -41,7 +41,6 @@ class Words:
             raise UserError(f"the tokenizer lacks {', '.join(missing)}: it belongs to another model")
         self.added = [token for token in MARKERS if self.tokenizer.token_to_id(token) is None]
         if self.added:
-            log.warning("tokenizer and embedding get %d tokens more: %s", len(self.added), " ".join(self.added))
             self.tokenizer.add_special_tokens(
                 [AddedToken(token, special=True, normalized=False) for token in self.added]
             )
@@ -55,6 +54,12 @@ class Words:
     def __len__(self) -> int:
         """Rows that an embedding table for it has: the largest id + 1."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of an embedding table that holds all tokens but the markers."""
+        known = self.tokenizer.get_vocab(with_added_tokens=True)
+        return max(place for token, place in known.items() if token not in MARKERS) + 1
 
     def id_of(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)

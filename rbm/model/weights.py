@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,8 @@ from rbm.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "4GB"
+
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 State = dict[str, Tensor]
 
@@ -30,9 +33,9 @@ def write_folder(
     shard: str = SHARD,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Weights and text files (name -> content) into a folder; each file appears whole or not at all.
+    """Weights and text files (name -> content) into a folder; each file appears whole or not at all, config.json last.
 
-    Weights of an earlier model that are not overwritten are removed, last: a reader never finds half of one.
+    Weights of an earlier model that are not overwritten are removed.
 
     Raises:
         UserError: the folder cannot be written.
@@ -77,7 +80,9 @@ def read_folder(folder: str | os.PathLike[str]) -> State:
         return read_file(source / WEIGHTS)
     try:
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        if not all(isinstance(name, str) for name in places.values()):
+            raise ValueError("weight_map does not name files")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{index} cannot be read: {error!r}") from error
     state: State = {}
     for name in sorted(set(places.values())):
@@ -125,6 +130,12 @@ def fill(model: nn.Module, state: State, what: str) -> None:
     ]
     if wrong:
         raise UserError(f"{what} does not fit its configuration: {'; '.join(wrong[:5])}")
+    strange = [name for name in expected if expected[name].is_floating_point() and state[name].dtype not in PRECISIONS]
+    if strange:
+        raise UserError(
+            f"{what} holds {listed(sorted(strange))} as {state[strange[0]].dtype}: only float32, bfloat16, float16 and "
+            "float64 are read"
+        )
     for name in expected:  # to where memory begins on a round address: sums are then the same at every load
         state[name] = state[name].clone()
     model.load_state_dict(state, assign=True)
@@ -133,6 +144,14 @@ def fill(model: nn.Module, state: State, what: str) -> None:
 def listed(names: list[str]) -> str:
     """At most twenty of them."""
     return f"[{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}]"
+
+
+def read_text(path: Path) -> str:
+    """Raises UserError for a file that cannot be read as UTF-8."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,11 @@ from rbm.scoring.views import Video
 from rbm.video import VideoFile, stored_clip
 
 _task = click.option("--task", required=True, help="The instruction, such as 'open the drawer'.")
-_checkpoint = click.option("--checkpoint", help="Folder of a trained model; without it, the nano weights shipped here.")
+_checkpoint = click.option(
+    "--checkpoint",
+    help="A trained model: folder, file, or id on the Hugging Face hub; without it, the nano weights shipped here.",
+)
+_dtype = click.option("--dtype", help="Precision of the weights: float32, bfloat16, float16; default as stored.")
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 _json = click.option("--json", "json_path", metavar="FILE", help="Write everything as JSON; - is the standard output.")
 
@@ -45,6 +49,7 @@ _json = click.option("--json", "json_path", metavar="FILE", help="Write everythi
 )
 @click.option("--rows", type=int, default=20, show_default=True, help="Rows of the table.")
 @_device
+@_dtype
 def score(
     videos: tuple[str, ...],
     task: str,
@@ -56,6 +61,7 @@ def score(
     views: tuple[str, ...],
     rows: int,
     device: str,
+    dtype: str | None,
 ) -> None:
     """Progress (0 to 1, with its spread) and success probability for frames of each VIDEO.
 
@@ -71,7 +77,7 @@ def score(
     check_task(task)
     others = _other_views(views, videos)
     _check_outputs((*videos, *others.values()), json_path, plot_path, video_path, len(videos))
-    scorer = Scorer.from_pretrained(checkpoint, device)
+    scorer = Scorer.from_pretrained(checkpoint, device, dtype)
     if others and scorer.views and scorer.views[0] in others:
         raise UserError(f"--view {scorer.views[0]}=…: VIDEO is this view already, the first that the model reads")
     out = _console(json_path)
@@ -101,7 +107,10 @@ def score(
 @_checkpoint
 @_json
 @_device
-def compare(a: str, b: str, task: str, checkpoint: str | None, json_path: str | None, device: str) -> None:
+@_dtype
+def compare(
+    a: str, b: str, task: str, checkpoint: str | None, json_path: str | None, device: str, dtype: str | None
+) -> None:
     """Probability that attempt A at the task is better than attempt B.
 
     \b
@@ -110,7 +119,7 @@ def compare(a: str, b: str, task: str, checkpoint: str | None, json_path: str | 
     """
     check_task(task)
     _check_outputs((a, b), json_path)
-    scorer = Scorer.from_pretrained(checkpoint, device)
+    scorer = Scorer.from_pretrained(checkpoint, device, dtype)
     clip_a, clip_b = scorer.context_clip(a), scorer.context_clip(b)
     p = scorer.compare(clip_a, clip_b, task)
     scored = scorer.score_batch([(clip_a, task), (clip_b, task)])
@@ -127,7 +136,10 @@ def compare(a: str, b: str, task: str, checkpoint: str | None, json_path: str | 
 @_checkpoint
 @_json
 @_device
-def rank(videos: tuple[str, ...], task: str, checkpoint: str | None, json_path: str | None, device: str) -> None:
+@_dtype
+def rank(
+    videos: tuple[str, ...], task: str, checkpoint: str | None, json_path: str | None, device: str, dtype: str | None
+) -> None:
     """Attempts at one task, best first.
 
     \b
@@ -136,7 +148,7 @@ def rank(videos: tuple[str, ...], task: str, checkpoint: str | None, json_path: 
     """
     check_task(task)
     _check_outputs(videos, json_path)
-    scorer = Scorer.from_pretrained(checkpoint, device)
+    scorer = Scorer.from_pretrained(checkpoint, device, dtype)
     clips = [scorer.context_clip(path) for path in videos]
     order = scorer.rank(clips, task)
     scored = scorer.score_batch([(clip, task) for clip in clips])

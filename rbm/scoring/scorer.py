@@ -61,16 +61,18 @@ class Scorer:
         self.model = model.to(self.device).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str] | None = None, device: str = "auto") -> Scorer:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str] | None = None, device: str = "auto", dtype: str | None = None
+    ) -> Scorer:
         """The model in the folder `path`; without one, the `nano` weights that come with the package.
 
         Raises:
             UserError: the checkpoint is missing, truncated or of another version, or the device does not exist.
         """
         if path is not None:
-            return cls(RewardModel.from_pretrained(os.fspath(path)), device)
+            return cls(RewardModel.from_pretrained(os.fspath(path), dtype), device)
         with as_file(files("rbm") / "assets" / "nano") as folder:
-            return cls(RewardModel.from_pretrained(str(folder)), device)
+            return cls(RewardModel.from_pretrained(str(folder), dtype), device)
 
     @property
     def context_frames(self) -> int:

@@ -46,7 +46,7 @@ def test_every_weight_of_the_base_arrives(base):
 
 
 def test_the_markers_are_added_behind_the_last_token_and_it_is_said(base, caplog):
-    with caplog.at_level(logging.WARNING, "rbm.model.tokens"):
+    with caplog.at_level(logging.WARNING, "rbm.model.backbones.vlm"):
         backbone = Qwen3VLBackbone.from_base(str(base))
     assert "tokenizer and embedding get 5 tokens more: <|split_token|>" in caplog.text
     assert backbone.words.markers == [494, 495, 496, 497, 498]

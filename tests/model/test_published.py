@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,96 @@ def test_weights_of_the_fixture_are_all_used(published):
         for name, tensor in load_file(path).items():
             mine = name if "head" in name else f"backbone.{name}"
             assert torch.equal(ours[mine], tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda config: config["text_config"].update(hidden_act="swoosh")),
+        ("config.json", lambda config: config["text_config"].update(hidden_size="wide")),
+        ("config.json", lambda config: config["text_config"].update(hidden_size=-1)),
+        ("config.json", lambda config: config["vision_config"].update(deepstack_visual_indexes=[9])),
+        ("config.yaml", lambda config: config.update(model=[1])),
+        ("config.yaml", lambda config: config["model"].update(frame_pooling_attn_temperature="hot")),
+        ("model.safetensors.index.json", lambda index: index.update(weight_map=["a"])),
+        ("model.safetensors.index.json", lambda index: index["weight_map"].update({"frame_pool_attn.weight": 3})),
+    ],
+)
+def test_damaged_configurations_end_in_a_sentence(tmp_path, name, change):
+    folder = copied(tmp_path / "m")
+    edited(folder / name, change)
+    with pytest.raises(UserError, match=r"cannot be (loaded|read)") as error:
+        RewardModel.from_pretrained(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_is_no_text_or_of_another_model(tmp_path):
+    folder = copied(tmp_path / "m")
+    (folder / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        RewardModel.from_pretrained(str(folder))
+
+    def more(tokenizer):
+        tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][0], "id": 499, "content": "pick", "special": False}
+        )
+
+    shutil.copy(tiny_vlm.FIXTURE / "tokenizer.json", folder)
+    edited(folder / "tokenizer.json", more)
+    with pytest.raises(UserError, match=r"500 words and the embedding table 499 rows"):
+        RewardModel.from_pretrained(str(folder))
+
+    def less(tokenizer):
+        tokenizer["added_tokens"] = [x for x in tokenizer["added_tokens"] if x["content"] != "<|vision_start|>"]
+
+    shutil.copy(tiny_vlm.FIXTURE / "tokenizer.json", folder)
+    edited(folder / "tokenizer.json", less)
+    with pytest.raises(UserError, match=r"lacks <\|vision_start\|>"):
+        RewardModel.from_pretrained(str(folder))
+
+
+def test_heads_in_another_precision_than_the_backbone(tmp_path, published):
+    def change(state):
+        return {name: x if "head" in name else x.bfloat16() for name, x in state.items()}
+
+    model = RewardModel.from_pretrained(str(rewritten(tmp_path / "m", change)))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    for one, two in zip(everything(published), everything(model), strict=True):
+        torch.testing.assert_close(one, two, atol=0.5, rtol=0)  # logits, of a backbone in bfloat16
+
+
+def test_weights_that_are_no_floating_numbers_are_refused(tmp_path):
+    def change(state):
+        return state | {"success_head.4.bias": state["success_head.4.bias"].to(torch.int32)}
+
+    with pytest.raises(UserError, match=r"success_head\.4\.bias.*int32"):
+        RewardModel.from_pretrained(str(rewritten(tmp_path / "m", change)))
+
+
+def test_what_a_layout_would_lose_is_refused_or_kept(tmp_path):
+    model = RewardModel.from_pretrained(str(tiny_vlm.FIXTURE))
+    model.target = "absolute"
+    with pytest.raises(UserError, match="counts from the start of the trajectory"):
+        save_published(model, tmp_path / "out", "lerobot")
+    folder = copied(tmp_path / "m")
+    edited(folder / "config.yaml", lambda config: config["model"].update(base_model_id="Qwen/Qwen3-VL-2B-Instruct"))
+    save_published(RewardModel.from_pretrained(str(folder)), tmp_path / "again", "lerobot")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["base_model_id"] == "Qwen/Qwen3-VL-2B-Instruct"
+
+
+def test_loading_leaves_the_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    RewardModel.from_pretrained(str(tiny_vlm.FIXTURE))  # once, so that all is imported
+    torch.manual_seed(5)
+    RewardModel.from_pretrained(str(tiny_vlm.FIXTURE))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_is_evaluated(tmp_path):
+    command = [str(Path(sys.executable).with_name("rbm")), "eval", f"checkpoint={tiny_vlm.FIXTURE}", "device=cpu"]
+    command += [f"report={tmp_path / 'report'}", "bootstrap=0", "most_instructions=1", "most_in_pairs=1"]
+    command += ["split.heldout_per_quality=1", "split.heldout_tasks=[]", "split.validation_per_quality=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "metrics.json").is_file()

@@ -39,7 +39,9 @@ class Qwen3VLBackbone(VisionLanguageBackbone):
         from transformers import Qwen3VLConfig, Qwen3VLModel
 
         architecture.pop("model_type", None)
-        config = Qwen3VLConfig(**architecture)
+        config: Any = Qwen3VLConfig(**architecture)
+        if max(config.vision_config.deepstack_visual_indexes, default=0) >= config.vision_config.depth:
+            raise ValueError("deepstack_visual_indexes names a block that the tower does not have")
         model = Qwen3VLModel._from_config(config, attn_implementation=PACKED)
         vision = model.config.vision_config
         self.unit = vision.patch_size * vision.spatial_merge_size

@@ -11,9 +11,11 @@ frozen; the rows that the large table has for them are not read, and get the sam
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +31,12 @@ from rbm.model.packing import Pack, Packer, Picture, Place
 from rbm.model.pixels import AsIs, PillowResize, PillowSquare, tensor_resize
 from rbm.model.prompt import ISOLATED, MARKERS, Prompt
 from rbm.model.tokens import TOKENIZER, Words
-from rbm.model.weights import State, fill, read_folder, read_json
+from rbm.model.weights import State, fill, read_folder, read_json, read_text
+
+log = logging.getLogger(__name__)
+
+_EMPTY: ContextVar[bool] = ContextVar("_EMPTY", default=False)
+"""Models are being made that a file will fill."""
 
 POOLINGS = ("token", "mean", "last", "attention")
 
@@ -56,6 +63,7 @@ class VisionLanguageBackbone(Backbone):
         views: names of the views that a step shows, where they are several; empty: one view, whichever comes first.
         view_tags: how views are told apart: `text` (the prompt's `{view}`; the default prompt gets one) or `embedding`
             (a learned vector).
+        base: id on the hub of the plain model that it stands on, where it has one; kept for those who ask.
 
     Raises:
         ValueError: an option that does not exist, or a prompt that does not name the views. UserError: a
@@ -78,6 +86,7 @@ class VisionLanguageBackbone(Backbone):
         resize: str = "pillow",
         views: Sequence[str] = (),
         view_tags: str = "text",
+        base: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, choices in (
@@ -92,7 +101,8 @@ class VisionLanguageBackbone(Backbone):
         self.prompt = self._tagged(Prompt.of(prompt if prompt is not None else self.default_prompt))
         if (pooling == "token") != bool(self.prompt.frame):
             raise ValueError("pooling='token' needs a prompt with a token after each step, the others one without")
-        self.words = Words(tokenizer, [self.prompt.pad])
+        self.words = Words(tokenizer, self.prompt.signs())
+        self.base = base
         self.pooling, self.pool_temperature, self.resize = pooling, pool_temperature, resize
         self.model: Any = self._build(dict(architecture))
         self.hidden = int(self.language.config.hidden_size)
@@ -102,7 +112,13 @@ class VisionLanguageBackbone(Backbone):
             self.frame_pool_attn.requires_grad_(False)
         if view_tags == "embedding":
             self.view_embedding = nn.Embedding(max(1, len(self.views)), self.hidden)
-        self.start()
+        if self.words.rows > self.embedding.num_embeddings:
+            raise UserError(
+                f"the tokenizer has {self.words.rows} words and the embedding table {self.embedding.num_embeddings} "
+                "rows: they belong to different models"
+            )
+        if not _EMPTY.get():
+            self.start()
 
     # what a family of models says of itself
 
@@ -167,6 +183,7 @@ class VisionLanguageBackbone(Backbone):
             "resize": self.resize,
             "views": list(self.views),
             "view_tags": self.view_tags,
+            "base": self.base,
         }
 
     @property
@@ -208,7 +225,8 @@ class VisionLanguageBackbone(Backbone):
         if not (folder / TOKENIZER).is_file():
             raise UserError(f"{base} has no {TOKENIZER}")
         with without_random_weights():
-            backbone = cls(config, (folder / TOKENIZER).read_text(), **options)
+            hub = None if Path(base).is_dir() else base
+            backbone = cls(config, read_text(folder / TOKENIZER), base=hub, **options)
         fill(backbone.model, backbone.base_keys(read_folder(folder)), base)
         backbone.start()
         return backbone
@@ -234,6 +252,9 @@ class VisionLanguageBackbone(Backbone):
             for row, (token, place) in enumerate(zip(MARKERS, self.words.markers, strict=True)):
                 if token not in self.words.added and place < len(table):
                     rows[row] = table[place]
+            new = [token for token in MARKERS if token in self.words.added]
+            if new:
+                log.warning("tokenizer and embedding get %d tokens more: %s", len(new), " ".join(new))
             self.markers.weight.copy_(rows)
             nn.init.normal_(self.frame_pool_attn.weight, std=self.hidden**-0.5)
             if self.view_tags == "embedding":
@@ -259,10 +280,12 @@ class VisionLanguageBackbone(Backbone):
 
     def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
         device = self.markers.weight.device
-        pack = self.pack(batch, mode, pairs).to(device)
+        pack = self.pack(batch, mode, pairs)
+        marked, which = self._marked(pack.ids)
+        pack, marked, which = pack.to(device), marked.to(device), which.to(device)
         features = torch.cat([group.flatten(2, 3).transpose(1, 2).flatten(0, 1) for group in self.encoded(batch)])
         seen = features.index_select(0, pack.content)  # (M, levels, d)
-        x = self._embed(pack)
+        x = self._embed(pack, marked, which)
         seen = seen.to(x.dtype)
         if self.view_tags == "embedding":
             seen = seen + self.view_embedding(pack.view).to(x.dtype)[:, None]
@@ -275,12 +298,16 @@ class VisionLanguageBackbone(Backbone):
         readouts = None if mode is PairMode.CLIPS else hidden.index_select(0, pack.readouts)
         return States(frames, readouts)
 
-    def _embed(self, pack: Pack) -> Tensor:
+    def _embed(self, pack: Pack, marked: Tensor, which: Tensor) -> Tensor:
         ids = pack.ids.clamp(max=self.embedding.num_embeddings - 1)
         x: Tensor = self.embedding(ids)
-        for row, marker in enumerate(self.words.markers):
-            x = torch.where((pack.ids == marker)[:, None], self.markers.weight[row].to(x.dtype), x)
-        return x
+        return x.index_copy(0, marked, self.markers.weight.index_select(0, which).to(x.dtype))
+
+    def _marked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of a pack at which markers stand, and which: two int64 (m,), found before anything is on a device."""
+        markers = torch.tensor(self.words.markers)
+        marked = torch.isin(ids, markers).nonzero().flatten()
+        return marked, (ids[marked][:, None] == markers).int().argmax(1)
 
     def _pooled(self, hidden: Tensor, owner: Tensor, steps: int) -> Tensor:
         """Hidden states of pictures (M, d), step `owner` (M,) of each -> (steps, d)."""
@@ -426,5 +453,9 @@ def without_random_weights() -> Iterator[None]:
     """Models made in here have memory but no numbers: they will be read from a file."""
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
-        yield
+    token = _EMPTY.set(True)
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        _EMPTY.reset(token)
