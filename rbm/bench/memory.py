@@ -345,20 +345,29 @@ def _weights(model: RewardModel, shares: int) -> list[Line]:
     lines.append(Line("AdamW's two moments", f"{trained:,} trained × 2 × {size} B{over}", trained * 2 * size / shares))
     if shares > 1:
         largest = sum(x.numel() for x in backbone.language.layers[0].parameters())
-        rest = backbone.embedding.weight.numel()
+        # all that is no block and no head is one unit (`rbm.training.parallel.shard`): words, tower, markers
+        apart = {id(x) for part in (backbone.language.layers, *_heads(model)) for x in part.parameters()}
+        rest = [x for x in model.parameters() if id(x) not in apart]
+        every, learning = sum(x.numel() for x in rest), sum(x.numel() for x in rest if x.requires_grad)
         lines.append(
             Line(
                 "weights that are put together",
-                f"2 B × (2 blocks × {largest:,} + table of words {rest:,})",
-                2 * (2 * largest + rest),
+                f"2 B × (2 blocks × {largest:,} + words and tower {every:,})",
+                2 * (2 * largest + every),
             )
         )
         lines.append(
             Line(
-                "gradients before they are shared out", f"4 B × (2 × {largest:,} + {rest:,})", 4 * (2 * largest + rest)
+                "gradients before they are shared out",
+                f"4 B × (2 × {largest:,} + {learning:,})",
+                4 * (2 * largest + learning),
             )
         )
     return lines
+
+
+def _heads(model: RewardModel) -> list[torch.nn.Module]:
+    return [module for module in model.children() if module is not model.backbone]
 
 
 def _autocast_copies(model: RewardModel, precision: str, fsdp: bool) -> Line | None:

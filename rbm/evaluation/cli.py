@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -30,7 +31,7 @@ def evaluate(overrides: tuple[str, ...], show: bool) -> None:
     """
     from omegaconf import OmegaConf
 
-    from rbm.config import compose
+    from rbm.config import compose, plain
     from rbm.corpus.split import heldout_numbers, open_rows, split_corpus
     from rbm.evaluation.evaluate import Protocol, evaluate_split
     from rbm.scoring import Scorer
@@ -49,6 +50,12 @@ def evaluate(overrides: tuple[str, ...], show: bool) -> None:
     console = Console()
     heldout = heldout_numbers(corpus, config.split.heldout_tasks, config.split.heldout_scenes)
     known = trained_on(config.checkpoint, [corpus.tasks[number].text for number in heldout])
+    for key, now, then in split_differences(config.checkpoint, plain(config.split)):
+        console.print(
+            f"warning: this model was trained with data.{key}={then} and is evaluated with {now}: it may have been "
+            f"trained on some of what is tested; give data.{key}={then}",
+            markup=False,
+        )
     if known:
         console.print(f"note: this model was trained on {', '.join(known)}: new tasks are not new to it", markup=False)
     facts = {
@@ -71,6 +78,33 @@ def trained_on(checkpoint: str | None, heldout_tasks: Sequence[str]) -> list[str
 
     record = facts_of(checkpoint or nano_weights()).get("tasks")
     return [] if record is None else [task for task in heldout_tasks if task in record]
+
+
+SPLIT = {
+    "heldout_tasks": "heldout_tasks",
+    "heldout_scenes": "heldout_scenes",
+    "heldout_per_quality": "heldout_per_quality",
+    "validation_per_quality": "validation_per_quality",
+    "seed": "split_seed",
+}
+"""Keys of a split, and what the training's data calls them."""
+
+
+def split_differences(checkpoint: str | None, split: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where this split is another than that of the training, by the checkpoint's own record: key, now, then.
+
+    Of the shipped weights nothing is said: none of the bundled corpus is in them.
+    """
+    from rbm.model.checkpoint import facts_of
+
+    if checkpoint is None:
+        return []
+    data = ((facts_of(checkpoint).get("config") or {}).get("data")) or {}
+    return [
+        (theirs, split[ours], data[theirs])
+        for ours, theirs in SPLIT.items()
+        if theirs in data and data[theirs] != split[ours]
+    ]
 
 
 @click.group()

@@ -307,14 +307,17 @@ def base_weights(base: str, kind: str, what: str) -> State:
         place = Path(base) if Path(base).exists() else found_base(base)
         backbone: Any = backbone_class(kind)
         if _is_plain(place):
-            found = backbone.from_base(str(place)).model.state_dict(prefix=BASE)
+            found = backbone.read_base(str(place)).model.state_dict(prefix=BASE)
         else:
             model = load(place)
             if model.backbone.name != kind:
                 raise UserError(f"it is a reward model over {model.backbone.name}, not over {kind}")
             found = model.backbone.state_dict(prefix="backbone.")
     except UserError as error:
-        raise UserError(f"{what} stands on {base}, which cannot be used: {error}") from error
+        raise UserError(
+            f"{what} stands on {base}, which cannot be used ({error}); if it has moved, "
+            f"correct adapter.base in {CONFIG}"
+        ) from error
     return State(found)
 
 

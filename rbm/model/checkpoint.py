@@ -111,6 +111,12 @@ def load_own(source: Path) -> RewardModel:
     return model
 
 
+def calibrates_later(place: str | os.PathLike[str]) -> bool:
+    """Whether this is a checkpoint out of a run: calibration comes after the last of them."""
+    source = found(place)
+    return source.is_file() or (source / SHARDED).exists()
+
+
 def facts_of(place: str | os.PathLike[str]) -> dict[str, Any]:
     """The facts that a checkpoint of ours carries (corpus, snapshot, tasks, …); none of anything else."""
     source = found(place)

@@ -30,11 +30,16 @@ def export(checkpoint: str, folder: Path, layout: str, dtype: str | None) -> Non
       rbm export models/mine out --to lerobot
     """
     from rbm.model import RewardModel
-    from rbm.model.checkpoint import facts_of
+    from rbm.model.checkpoint import calibrates_later, facts_of
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: give a new folder, or empty it")
     model = RewardModel.from_pretrained(checkpoint, dtype)
+    if calibrates_later(checkpoint):
+        click.echo(
+            "note: success is calibrated at the end of a run, into its folder model/: this checkpoint is not",
+            err=True,
+        )
     if layout == "ours":
         model.save_pretrained(str(folder), facts_of(checkpoint))
     else:

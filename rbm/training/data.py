@@ -345,6 +345,7 @@ class PairDataModule(L.LightningDataModule):
         max_bad_share: stop when more than this share of the trajectories read could not be decoded.
         validation_pairs: fixed pairs on which the validation losses are computed; 0 for none.
         workers: loader processes; 0 reads in the main process.
+        prefetch: micro-batches that each of them has ready; they lie in shared memory.
         start_method: how they start: `spawn`, `forkserver`, or `fork` (not with a corpus on object storage).
         seed: of the draws.
 
@@ -381,6 +382,7 @@ class PairDataModule(L.LightningDataModule):
         max_bad_share: float = 0.01,
         validation_pairs: int = 64,
         workers: int = 1,
+        prefetch: int = 6,
         start_method: str = "spawn",
         seed: int = 0,
     ) -> None:
@@ -408,7 +410,7 @@ class PairDataModule(L.LightningDataModule):
             )
         self.pairs_per_step, self.micro_batches = pairs_per_step, micro_batches
         self.validation_pairs, self.workers, self.seed = validation_pairs, workers, seed
-        self.start_method, self.max_bad_share = start_method, max_bad_share
+        self.start_method, self.max_bad_share, self.prefetch = start_method, max_bad_share, prefetch
         self.read = self.replaced = 0
         self._warned: set[str] = set()
         self._sampler_options: dict[str, Any] = {
@@ -502,7 +504,7 @@ class PairDataModule(L.LightningDataModule):
     def loader(self, dataset: PairDataset, orders: Onward, workers: int) -> DataLoader[Loaded | Refused]:
         """Micro-batches in the order of `orders`, made by so many processes (0: by this one)."""
         more: dict[str, Any] = (
-            {"multiprocessing_context": self.start_method, "prefetch_factor": 6, "persistent_workers": True}
+            {"multiprocessing_context": self.start_method, "prefetch_factor": self.prefetch, "persistent_workers": True}
             if workers
             else {}
         )

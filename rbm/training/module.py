@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from rbm.model import LossWeights, PairBatch, RewardModel, reward_losses
 from rbm.model.adapter import fingerprint, plain_name
 from rbm.training.parallel import outline, shard, summed, whole
 from rbm.training.tuning import Tuning, named_parts
+
+log = logging.getLogger(__name__)
 
 
 class RewardModule(L.LightningModule):
@@ -56,6 +59,8 @@ class RewardModule(L.LightningModule):
         self.model = model
         self.betas, self.final_lr = (betas[0], betas[1]), final_lr
         self.lr, self.weight_decay, self.warmup, self.seed = lr, weight_decay, warmup, seed
+        if model.backbone.freezes_tower and (tuning is None or tuning.language == "full") and lr > 1e-4:
+            log.warning("lr=%g is much for all weights of a pretrained model: the published recipe has 2e-5", lr)
         self.loss_weights = loss or LossWeights()
         self._sums: dict[str, float] = defaultdict(float)
         self._outline: tuple[RewardModel, ...] = ()  # in a tuple, so that it is no part of this module

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 
-NO_RESULT = {"threads", "data.workers", "data.start_method", "data.max_bad_share", "trainer.checkpoint_every",
-             "trainer.log_every_n_steps", "trainer.wandb"}  # fmt: skip
+NO_RESULT = {"threads", "data.workers", "data.prefetch", "data.start_method", "data.max_bad_share",
+             "trainer.checkpoint_every", "trainer.log_every_n_steps", "trainer.wandb"}  # fmt: skip
 """Keys that change nothing in what is computed: a run may go on with others."""
 
 
@@ -126,14 +126,26 @@ def _train(config: DictConfig, folder: Path, finished: Path) -> Path:
             raise Interrupted(
                 f"stopped at step {trainer.global_step} of {trainer.max_steps}; the same command continues from there"
             )
+        if trainer.global_step % config.trainer.checkpoint_every:
+            trainer.save_checkpoint(last)  # what comes now may fail, and is then done again without the training
         trained = module.trained()
         with together(PATIENCE):
+            _forget_training(trainer)
             if trained is not None and trainer.is_global_zero:
                 trained.to(trainer.strategy.root_device).eval()
                 with trainer.precision_plugin.forward_context():
                     fit_success(trained, data)
                 save_trained(trained, finished, facts | {"steps": trainer.global_step}, base)
     return finished
+
+
+def _forget_training(trainer: L.Trainer) -> None:
+    """Give back what only training needs, gradients and AdamW's moments, before the whole model is put on a device."""
+    for parameter in trainer.lightning_module.parameters():
+        parameter.grad = None
+    trainer.strategy.optimizers = []
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def architecture(model: RewardModel, base: str | None) -> dict[str, Any]:
@@ -173,9 +185,10 @@ def _trainer(
     wandb = options.pop("wandb")
     options |= placement(options)
     logs = folder / "logs"
+    start = 1 + max((int(path.name.rpartition("_")[2]) for path in logs.glob("version_[0-9]*")), default=-1)
     loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", flush_logs_every_n_steps=options["log_every_n_steps"]),
-        TensorBoardLogger(folder, name="logs", version=None),
+        CSVLogger(folder, name="logs", version=start, flush_logs_every_n_steps=options["log_every_n_steps"]),
+        TensorBoardLogger(folder, name="logs", version=start),
     ]
     if wandb:
         if find_spec("wandb") is None:
@@ -223,7 +236,10 @@ def _checked(**options: Any) -> L.Trainer:
     try:
         return L.Trainer(**options)
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"configuration of the trainer: {' '.join(str(error).split())}") from error
+        words = " ".join(str(error).split())
+        if "gpu" in words.lower():
+            words += " (on a machine without: trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto)"
+        raise UserError(f"configuration of the trainer: {words}") from error
 
 
 def _check_claim(folder: Path, config: DictConfig) -> None:
@@ -238,7 +254,7 @@ def _check_claim(folder: Path, config: DictConfig) -> None:
     if changed:
         raise UserError(
             f"{folder} holds a run of another configuration (differs in: {', '.join(changed)}): "
-            "choose another run_dir=…, or delete that folder"
+            "choose another run_dir=… (with init=…/model to go on from its weights), or delete that folder"
         )
 
 

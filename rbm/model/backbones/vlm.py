@@ -216,6 +216,13 @@ class VisionLanguageBackbone(Backbone):
         Raises:
             UserError: the base cannot be had, or is another kind of model.
         """
+        backbone = cls.read_base(base, **options)
+        backbone.start()
+        return backbone
+
+    @classmethod
+    def read_base(cls, base: str, **options: Any) -> Self:
+        """`from_base` without numbers for what a plain model does not have."""
         folder = found_base(base)
         config = read_json(folder / "config.json")
         if config.get("model_type") != cls.name:
@@ -228,7 +235,6 @@ class VisionLanguageBackbone(Backbone):
             hub = None if Path(base).is_dir() else base
             backbone = cls(config, read_text(folder / TOKENIZER), base=hub, **options)
         fill(backbone.model, backbone.base_keys(read_folder(folder)), base)
-        backbone.start()
         return backbone
 
     def base_keys(self, state: State) -> State:
