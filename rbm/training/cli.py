@@ -24,7 +24,7 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
     from omegaconf import OmegaConf
 
     from rbm.config import compose
-    from rbm.training.parallel import first_process
+    from rbm.training.parallel import first_process, leave
     from rbm.training.run import Interrupted
     from rbm.training.run import train as run
 
@@ -37,5 +37,7 @@ def train(overrides: tuple[str, ...], show: bool) -> None:
     except Interrupted as stopped:
         console.print(str(stopped), markup=False)
         sys.exit(130)
+    finally:
+        leave()
     if first_process():
         click.echo(str(model))

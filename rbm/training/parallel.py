@@ -124,6 +124,13 @@ def together(patience: timedelta | None = None) -> Iterator[None]:
     raise Elsewhere(f"process {first} has failed: {said[first]}") from failure
 
 
+def leave() -> None:
+    """End the talk of the processes; without it one whose threads still wait for others can abort as it exits."""
+    if dist.is_available() and dist.is_initialized():
+        _group.cache_clear()
+        dist.destroy_process_group()
+
+
 # how they start
 
 

@@ -247,7 +247,7 @@ def test_a_base_that_is_gone_or_of_another_kind_is_told(adapter, tmp_path, tiny_
         ("/nowhere/at/all", "neither a folder nor an id"),
         (str(tiny_checkpoint), "over nano, not over qwen3_vl"),
     ):
-        with pytest.raises(UserError, match=f"stands on {place}, which cannot be used: .*{words}"):
+        with pytest.raises(UserError, match=f"stands on {place}, which cannot be used .*{words}"):
             RewardModel.from_pretrained(str(edited(adapter, tmp_path, base=place)))
         shutil.rmtree(tmp_path / "edited")
     other = tmp_path / "other"

@@ -31,6 +31,8 @@ STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("bf16-mixed", "bf16-true")
 LORA = "++optimization.tuning={_target_: rbm.training.tuning.Tuning, language: lora, vision: last, vision_blocks: 1, " \
        "vision_lr: 1e-5, lora: {r: 4, alpha: 8, dropout: 0.0}, gradient_checkpointing: true}"  # fmt: skip
+STOPPED = {"nano": [], "qwen-dropout": [LORA.replace("dropout: 0.0", "dropout: 0.1"), "data.micro_batches=2"]}
+"""What is stopped and continued: in the second each rank, part of a step and LoRA matrix has dropout of its own."""
 CLI = ["model.backbone.image_size=32", "model.backbone.width=8", "model.backbone.hidden=32", "model.backbone.heads=2",
        "model.backbone.layers=1", "model.context_frames=6", "model.dropout=0.0", "trainer.max_steps=24",
        "trainer.checkpoint_every=3"]  # fmt: skip
@@ -72,9 +74,10 @@ def done(bare_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         more = options(root / f"lora-{strategy}", bare_corpus, two, f"trainer.strategy={strategy}", LORA)
         jobs.append({"do": "train", "model": "qwen", "config": more})
         long = ["trainer.max_steps=12", "trainer.checkpoint_every=2", f"trainer.strategy={strategy}", two]
-        for name, ways in (("unbroken", [False]), ("stopped", [True, False])):
-            more = options(root / f"{name}-{strategy}", bare_corpus, *long)
-            jobs += [{"do": "train", "model": "nano", "config": more, "stop": stop} for stop in ways]
+        for kind, own in STOPPED.items():
+            for name, ways in (("unbroken", [False]), ("stopped", [True, False])):
+                more = options(root / f"{name}-{kind}-{strategy}", bare_corpus, *long, *own)
+                jobs += [{"do": "train", "model": kind, "config": more, "stop": stop} for stop in ways]
         more = options(root / f"full-{strategy}", bare_corpus, two, f"trainer.strategy={strategy}")
         jobs.append({"do": "train", "model": "nano", "config": more, "limit": 30_000})
     jobs.append({"do": "fail", "out": str(root)})
@@ -105,10 +108,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def assert_same(a: Path, b: Path, tolerance: float, prefix: str = "") -> None:
-    """What was logged of every step (under names with a prefix), and the weights at the end."""
+def assert_same(a: Path, b: Path, tolerance: float, prefix: str = "", lost: int = 0) -> None:
+    """What was logged of every step (under names with a prefix), and the weights at the end.
+
+    A kill may have lost the lines of so many steps that were not on the disk yet.
+    """
     ours, theirs = losses(a), losses(b)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() <= theirs.keys()
+    assert len(theirs) - len(ours) <= lost
     for step, values in ours.items():
         expected = {name: value for name, value in theirs[step].items() if name.startswith(prefix)}
         found = {name: value for name, value in values.items() if name.startswith(prefix)}
@@ -181,13 +188,14 @@ def test_bfloat16_is_near(done, alone, precision):
     assert model.backbone.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", STOPPED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_signal_to_one_stops_both_at_the_same_step_and_they_continue_as_if_never_stopped(done, strategy):
-    folder = done / f"stopped-{strategy}"
+def test_a_signal_to_one_stops_both_at_the_same_step_and_they_continue_as_if_never_stopped(done, strategy, kind):
+    folder = done / f"stopped-{kind}-{strategy}"
     assert ended(folder) == ["finished", "finished"]
     starts = sorted(folder.glob("logs/version_*/metrics.csv"))
     assert len(starts) == 2
-    assert_same(folder, done / f"unbroken-{strategy}", 1e-6)
+    assert_same(folder, done / f"unbroken-{kind}-{strategy}", 1e-6)
 
 
 @pytest.mark.parametrize("name", ["nano-fsdp", "qwen-fsdp", "lora-fsdp", "nano-ddp", "qwen-ddp"])
@@ -263,7 +271,7 @@ def test_interrupted_and_killed_at_the_command_line(bare_corpus, tmp_path):
     assert ended.stderr.count("continuing") == 1
     whole = tmp_path / "whole"
     train(compose("train", [*common, *options(whole, bare_corpus)]))
-    assert_same(folder, whole, 1e-5, "train/")
+    assert_same(folder, whole, 1e-5, "train/", lost=1)
     assert RewardModel.from_pretrained(str(folder)).context_frames == 6
 
 

@@ -48,12 +48,13 @@ CLIP = 0.5
 
 
 def tiny(kind: str, seed: int = 0) -> RewardModel:
-    """A small model without dropout."""
+    """A small model; without dropout unless its kind says so."""
     torch.manual_seed(seed)
     if kind == "nano":
         backbone = NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2, words=64)
         return RewardModel(backbone, context_frames=6, dropout=0.0)
-    return tiny_vlm.qwen3_model(seed, context_frames=4, dropout=0.0).train()
+    dropout = 0.1 if kind.endswith("dropout") else 0.0
+    return tiny_vlm.qwen3_model(seed, context_frames=4, dropout=dropout).train()
 
 
 def config_of(kind: str, overrides: list[str]) -> DictConfig:
