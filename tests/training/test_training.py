@@ -252,3 +252,33 @@ def test_options_that_lightning_refuses_are_one_line(dot_corpus, tmp_path):
         with pytest.raises(UserError) as caught:
             train(small(tmp_path / "run", dot_corpus.location, option))
         assert "\n" not in str(caught.value)
+
+
+def test_the_last_step_is_in_a_checkpoint_though_none_was_due(dot_corpus, tmp_path):
+    from rbm.model.lightning_file import read_rest
+
+    config = small(tmp_path / "run", dot_corpus.location, "trainer.max_steps=5", "trainer.checkpoint_every=3")
+    model = train(config)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert read_rest(last)["global_step"] == 5
+    # so that what failed after the training is done again without it: the model is the same
+    weights = load_file(model / "model.safetensors")
+    for path in model.iterdir():
+        path.unlink()
+    again = load_file(train(config) / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["version_0", "version_1"]
+
+
+def test_a_pretrained_model_with_a_rate_for_none_is_warned_of(caplog):
+    import tiny_vlm
+
+    from rbm.training.module import RewardModule
+    from rbm.training.tuning import Tuning
+
+    RewardModule(tiny_vlm.qwen3_model(), lr=1e-3)
+    assert "lr=0.001 is much" in caplog.text
+    caplog.clear()
+    RewardModule(tiny_vlm.qwen3_model(), lr=1e-3, tuning=Tuning(language="none"))
+    RewardModule(RewardModel(NanoBackbone(image_size=32, width=8, hidden=32, layers=1, heads=2)), lr=1e-3)
+    assert not caplog.text
