@@ -421,7 +421,10 @@ def _progress(stopped: str) -> Iterator[Progress | None]:
                 yield progress
         else:
             yield None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError) as error:
+        # Icechunk makes an error of its own of Ctrl-C, which may come as the reason in a sentence of ours
+        if isinstance(error, UserError) and "KeyboardInterrupt" not in str(error):
+            raise
         click.echo(stopped, err=True)
         sys.exit(130)
 

@@ -168,7 +168,7 @@ def test_published_layouts_have_no_place_for_it(tmp_path):
     published = RewardModel.from_pretrained(str(FIXTURE))
     assert published.remaining is False
     with_it = RewardModel(published.backbone, pair="causal", preference="joint", remaining=True)
-    with pytest.raises(UserError, match="published layouts cannot hold this model: it has a head for the time that"):
+    with pytest.raises(UserError, match=r"published layouts cannot hold this model: .*it has a head for the time that"):
         save_published(with_it, tmp_path / "out", "robometer")
     assert not (tmp_path / "out").exists()
 

@@ -153,5 +153,5 @@ def test_it_starts_from_a_plain_checkpoint(model, tmp_path):
     assert all(torch.equal(x, expected[name]) for name, x in found.model.state_dict().items())
     assert found.prompt.opening == "<|im_start|>User: "
     write_folder(tmp_path, state, texts | {"tokenizer.json": tiny_vlm.TOKENIZER})
-    with pytest.raises(UserError, match="lacks <image>"):
+    with pytest.raises(UserError, match=r"lacks .*<image>"):
         SmolVLMBackbone.from_base(str(tmp_path))

@@ -134,13 +134,13 @@ def test_text_that_is_none_is_refused():
 
 
 def test_a_tokenizer_without_the_markers_gets_them(caplog):
-    with caplog.at_level(logging.INFO):
-        words = Words(tokenizer(*MARKERS), [PAD])
+    words = Words(tokenizer(*MARKERS), [PAD])
     assert words.markers == [494, 495, 496, 497, 498]  # the largest before was 493
     assert len(words) == 499
     assert words.added == list(MARKERS)
     assert [words.encode(token).tolist() for token in MARKERS] == [[i] for i in words.markers]
-    assert "5 tokens more" in caplog.text
+    Qwen3VLBackbone(architecture(), tokenizer(*MARKERS))
+    assert "tokenizer and embedding get 5 tokens more" in caplog.text
     assert all(token in caplog.text for token in MARKERS)
     assert Words(words.to_str()).markers == words.markers  # stored, it stays
     caplog.clear()
@@ -174,7 +174,7 @@ def test_a_model_whose_table_is_too_small_for_new_markers_still_reads_them():
     assert model.embedding.num_embeddings == 494
     pack = model.pack(clips(["open it"], [3]), PairMode.CLIPS)
     assert pack.ids[pack.frames].tolist() == [498] * 3
-    embedded = model._embed(pack)
+    embedded = model._embed(pack, *model._marked(pack.ids))
     assert torch.equal(embedded[pack.frames], model.markers.weight[MARKERS.index(PROGRESS)].expand(3, -1))
 
 
