@@ -78,6 +78,42 @@ class WriterLock:
         self.release()
 
 
+def hold(path: Path, what: str) -> tuple[int, bool]:
+    """An exclusive lock on a file, which the system frees when this process dies; and whether its last holder did.
+
+    To give it back, remove the file and close the descriptor.
+
+    Raises:
+        UserError: another process holds it, or the file cannot be made; `what` says for whom.
+    """
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{what}: the lock for its writer can not be made ({path}: {error.strerror}): see that "
+                f"{path.parent} is there and can be written to"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(file)
+            raise UserError(
+                f"{what}: another process (pid {holder}) is writing to it: wait for it, or stop it"
+            ) from None
+        try:
+            current = os.path.samestat(path.stat(), os.fstat(file))
+        except FileNotFoundError:
+            current = False
+        if current:
+            died = os.fstat(file).st_size > 0
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            return file, died
+        os.close(file)  # its last holder removed it between our open and our lock
+
+
 class _FileLock:
     def __init__(self, location: Location, place: Location) -> None:
         self.predecessor_died = False
@@ -86,30 +122,7 @@ class _FileLock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        path = self._path
-        while True:
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise UserError(
-                    f"corpus {self._location}: the lock for its writer can not be made ({path}: {error.strerror}): see "
-                    f"that {path.parent} is there and can be written to"
-                ) from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                os.close(file)
-                raise UserError(
-                    f"corpus {self._location}: another process (pid {holder}) is writing to it: wait for it, or stop it"
-                ) from None
-            if self._is_current(path, file):
-                break
-            os.close(file)  # its last holder removed it between our open and our lock
-        self.predecessor_died = os.fstat(file).st_size > 0
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        self._file = file
+        self._file, self.predecessor_died = hold(self._path, f"corpus {self._location}")
 
     def check(self) -> None:
         """The system holds the lock as long as this process lives."""
@@ -119,15 +132,6 @@ class _FileLock:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
-
-    @staticmethod
-    def _is_current(path: Path, file: int) -> bool:
-        try:
-            there = path.stat()
-        except FileNotFoundError:
-            return False
-        ours = os.fstat(file)
-        return (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev)
 
 
 @dataclass(frozen=True)

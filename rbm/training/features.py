@@ -14,7 +14,6 @@ what a killed writer left behind it is cut off by the next one. Byte table in do
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from rbm.corpus import Corpus, CorruptPayload
 from rbm.corpus.ahead import in_order, threads_for
+from rbm.corpus.lock import hold
 from rbm.errors import UserError
 from rbm.model import RewardModel
 from rbm.model.backbones.base import Backbone
@@ -389,7 +389,7 @@ class FeatureWriter:
     def __enter__(self) -> Self:
         with self._named():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+            self._lock, _ = hold(self.folder / LOCK, f"features {self.folder}")
         try:
             with self._named():
                 self._begin()
@@ -498,30 +498,6 @@ class _Named:
                 f"features {self.folder}: can not be written ({error.strerror or error}): {hint}, then run the same "
                 "command again, which goes on"
             ) from error
-
-
-def _lock(folder: Path) -> int:
-    """An exclusive lock that the system frees when this process dies."""
-    path = folder / LOCK
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(file)
-            raise UserError(
-                f"features {folder}: another process (pid {holder}) is writing them: wait for it, or stop it"
-            ) from None
-        try:
-            ours = os.path.samestat(path.stat(), os.fstat(file))
-        except FileNotFoundError:
-            ours = False
-        if ours:
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-            return file
-        os.close(file)  # its last holder removed it between our open and our lock
 
 
 def check_folder(folder: Path, tower: dict[str, Any], dtype: str) -> None:

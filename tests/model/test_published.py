@@ -89,9 +89,9 @@ def test_progress_and_success_are_those_of_the_reference(published):
         alone, _, alone_success = published.decode(output)
         mine = slice(start, start := start + len(entry["progress"]))
         for found in (alone, progress[mine]):
-            torch.testing.assert_close(found, torch.tensor(entry["progress"]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(found, torch.tensor(entry["progress"]), atol=1e-5, rtol=0)
         for found in (alone_success, success[mine]):
-            torch.testing.assert_close(found, torch.tensor(entry["success"]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(found, torch.tensor(entry["success"]), atol=1e-5, rtol=0)
         torch.testing.assert_close(
             output.progress_logits, torch.tensor(entry["progress_head_output"]), atol=1e-4, rtol=0
         )
@@ -102,10 +102,10 @@ def test_a_pair_is_that_of_the_reference(published):
     with torch.inference_mode():
         output = published(clips(published, pair["task"]), torch.tensor([[0, 1]]))
     progress, _, success = published.decode(output)
-    assert output.preference_logits.sigmoid().item() == pytest.approx(pair["preference"], abs=1e-4)
+    assert output.preference_logits.sigmoid().item() == pytest.approx(pair["preference"], abs=1e-5)
     expected = torch.tensor(pair["first_progress"] + pair["second_progress"])
-    torch.testing.assert_close(progress, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(success, torch.tensor(pair["first_success"] + pair["second_success"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(progress, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(success, torch.tensor(pair["first_success"] + pair["second_success"]), atol=1e-5, rtol=0)
 
 
 def test_the_scorer_reads_it(published):
@@ -113,7 +113,7 @@ def test_the_scorer_reads_it(published):
 
     entry = EXPECTED["progress"][0]
     scores = rbm.Scorer(published, "cpu").score(INPUTS["clip1"], entry["task"])
-    np.testing.assert_allclose(scores.progress, entry["progress"], atol=1e-4)
+    np.testing.assert_allclose(scores.progress, entry["progress"], atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["robometer", "lerobot"])

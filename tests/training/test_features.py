@@ -537,7 +537,7 @@ def test_one_writer_at_a_time(dot_corpus, tmp_path):
     with FeatureWriter(tmp_path / "features", ["x"], tower, "bfloat16"):
         done = run(*arguments)
         assert done.returncode == 2
-        assert re.search(r"error: features .*: another process \(pid \d+\) is writing them: wait", done.stderr)
+        assert re.search(r"error: features .*: another process \(pid \d+\) is writing to it: wait", done.stderr)
     assert run(*arguments).returncode == 0
 
 
