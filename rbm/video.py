@@ -352,12 +352,12 @@ def stored_clip(
         UserError: the file is no whole video, the array has another shape or type, or times do not fit.
     """
     if isinstance(video, np.ndarray):
-        source, n_frames, height, width = "the array of frames", *_check_array(video)
+        source, n_frames = "the array of frames", _check_array(video)[0]
         rate = fps
         times = None
     else:
         opened = video if isinstance(video, VideoFile) else VideoFile(video)
-        source, n_frames, height, width = str(opened.path), opened.n_frames, opened.height, opened.width
+        source, n_frames = str(opened.path), opened.n_frames
         rate = opened.fps if fps is None else fps
         times = opened.timestamps if fps is None else None
     if timestamps is not None:
@@ -371,12 +371,19 @@ def stored_clip(
     if not (np.isfinite(rate) and rate > 0):
         raise UserError(f"{source}: fps is {rate}; give a positive number")
     picked = pick_frames(n_frames, MAX_STORED_FRAMES)
-    if isinstance(video, np.ndarray):
-        frames = resize_frames(_as_rgb(video[picked]), *_fit(height, width, MAX_SHORT_SIDE))
-    else:
-        frames = opened.read(picked)
+    frames = stored_frames(video[picked]) if isinstance(video, np.ndarray) else opened.read(picked)
     shown = picked / rate if times is None else times[picked]
     return StoredClip(frames, picked.astype(np.int32), shown.astype(np.float32), rate, n_frames)
+
+
+def stored_frames(frames: Frames) -> Frames:
+    """Every frame of an array as it is stored: uint8 (T, H, W[, C]) -> (T, h, w, 3), short side at most 240.
+
+    Raises:
+        UserError: the array has another shape or type.
+    """
+    _, height, width = _check_array(frames)
+    return resize_frames(_as_rgb(frames), *_fit(height, width, MAX_SHORT_SIDE))
 
 
 def _check_array(frames: NDArray) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from rbm.model import RewardModel
 from rbm.model.backbones import PairMode
 from rbm.model.backbones.qwen3_vl import Qwen3VLBackbone
 from rbm.model.batch import ClipBatch
-from rbm.model.packing import Pack
+from rbm.model.packing import Pack, Streams
 
 GB = 1e9
 TASK = "pick up the red cup and put it on the plate to the left of the sink"
@@ -301,6 +301,7 @@ def kept_by(model: RewardModel, tuning: Any, precision: str, fsdp: bool = False)
 
 def _work(dims: str, pack: Pack, frames: int, tokens: int, tuning: Any) -> flops.Work:
     """FLOPs of a micro-batch."""
+    assert isinstance(pack.streams, Streams)
     before = torch.cat([torch.arange(1, n + 1).repeat(count) for count, n in pack.streams.sizes])
     seen = int(before[pack.streams.scatter].sum())
     return flops.step(

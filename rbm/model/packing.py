@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rbm.model.memory import Recall
+
 PACKED = "rbm_packed"
 """The attention's name in transformers."""
 
@@ -85,14 +87,14 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    streams: Streams | None = None,
+    streams: Streams | Recall | None = None,
     pictures: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a pack: query (1, H, L, D), key and value (1, H', L, D) -> (1, L, H, D).
 
-    With `streams` (language) each stream attends causally on its own; with `pictures` (vision tower) the pack is so
-    many pictures of equal size, and every one attends to itself.
+    With `streams` (language) each stream attends causally on its own, or new places attend to what memories hold; with
+    `pictures` (vision tower) the pack is so many pictures of equal size, and every one attends to itself.
 
     Raises:
         RuntimeError: neither is given: everything would see everything.
@@ -104,6 +106,9 @@ def packed_attention(
         return seen.transpose(1, 2).reshape(1, L, H, D), None
     if streams is None:
         raise RuntimeError(f"attention {PACKED!r} needs its streams: call the backbone, not the model in it")
+    if isinstance(streams, Recall):
+        layer: Any = module.layer_idx
+        return streams.attend(layer, query[0], key[0], value[0], scaling).transpose(0, 1)[None], None
     q, k, v = (x[0].transpose(0, 1).index_select(0, streams.gather) for x in (query, key, value))  # (M, H, D)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.is_cuda and not _brief(q):  # the kernels that know groups of heads there are for 16 bits
@@ -147,7 +152,7 @@ class Pack:
         frames: int64 (F,), the places at which frames are read, in the order of the batch; empty if they are pooled.
         owner: int64 (M,), to which of the batch's F steps a picture's place belongs.
         readouts: int64 (N or P,), the places of preference read-outs.
-        streams: who sees whom.
+        streams: who sees whom, in this pack or in what memories hold.
     """
 
     ids: Tensor
@@ -158,7 +163,7 @@ class Pack:
     frames: Tensor
     owner: Tensor
     readouts: Tensor
-    streams: Streams
+    streams: Streams | Recall
 
     def to(self, device: torch.device) -> Pack:
         return Pack(**{name: value.to(device) for name, value in vars(self).items()})
@@ -198,7 +203,12 @@ class Packer:
         self._frames: list[tuple[Ints, Ints]] = []
 
     def add(
-        self, ids: Ints, pictures: Sequence[Picture] = (), steps: Sequence[int] = (), before: tuple[int, ...] = ()
+        self,
+        ids: Ints,
+        pictures: Sequence[Picture] = (),
+        steps: Sequence[int] = (),
+        before: tuple[int, ...] = (),
+        offset: int | None = None,
     ) -> int:
         """One branch behind others; its number.
 
@@ -206,9 +216,11 @@ class Packer:
             ids: tokens, one pad for each of `pictures`, in order.
             steps: of the batch's steps, those that are read in this branch, in order.
             before: numbers of earlier branches.
+            offset: its first position, where it is not behind branches of this pack.
         """
         start = self.branches[-1][1] if self.branches else 0
-        offset = max((self.next_position[b] for b in before), default=0)
+        if offset is None:
+            offset = max((self.next_position[b] for b in before), default=0)
         shown = ids == self.pad
         frames = [picture.frame for picture in pictures]
         sizes = np.array([frame.rows * frame.columns for frame in frames], np.int64)
@@ -242,7 +254,8 @@ class Packer:
         self.next_position.append(offset + int(advance.sum()))
         return len(self.branches) - 1
 
-    def pack(self) -> Pack:
+    def pack(self, recall: Recall | None = None) -> Pack:
+        """What was added; with `recall` its branches stand behind what memories hold, not behind each other."""
         columns = {
             name: torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts] if name != "position" else parts, -1))
             for name, parts in self._columns.items()
@@ -250,7 +263,7 @@ class Packer:
         frames = torch.empty(sum(len(steps) for steps, _ in self._frames), dtype=torch.int64)
         for steps, places in self._frames:
             frames[torch.from_numpy(steps)] = torch.from_numpy(places)
-        return Pack(**columns, frames=frames, streams=streams_of(self.branches, self.before))
+        return Pack(**columns, frames=frames, streams=recall or streams_of(self.branches, self.before))
 
 
 _COLUMNS = ("ids", "position", "picture", "content", "view", "owner", "readouts")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rbm.errors import UserError
 from rbm.model.backbones import BACKBONES, Backbone, PairMode, backbone_class
 from rbm.model.batch import ClipBatch, RewardOutput
 from rbm.model.heads import PROGRESS_BINS, REMAINING_BINS, Head, progress_moments, remaining_moments
+from rbm.model.memory import Memory
 
 
 class RewardModel(nn.Module):
@@ -137,13 +138,21 @@ class RewardModel(nn.Module):
                 mode = PairMode.JOINT if self.pair == "isolated" else PairMode.CAUSAL
             states = self.backbone(batch, mode, pairs)
             compared = None if pairs is None else self.preference_head(self._for_heads(states.readouts)).squeeze(-1)
-        frames = self._for_heads(states.frames)
+        return self._heads(states.frames, utility, compared)
+
+    def advance(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> RewardOutput:
+        """What is said of steps that follow what memories hold (`Backbone.advance`); without preference."""
+        with torch.inference_mode():
+            return self._heads(self.backbone.advance(batch, behind), None, None)
+
+    def _heads(self, hidden: Tensor, utility: Tensor | None, compared: Tensor | None) -> RewardOutput:
+        frames = self._for_heads(hidden)
         return RewardOutput(
             progress_logits=self.progress_head(frames),
             success_logits=self.success_head(frames).squeeze(-1),
             utility=utility,
             preference_logits=compared,
-            remaining_logits=self.remaining_head(states.frames) if self.remaining else None,
+            remaining_logits=self.remaining_head(frames) if self.remaining else None,
         )
 
     def _for_heads(self, hidden: Tensor) -> Tensor:

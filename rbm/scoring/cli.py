@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,6 +21,7 @@ from rbm.scoring.overlay import MAX_FRAMES, write_overlay
 from rbm.scoring.scorer import Scorer, check_task
 from rbm.scoring.scores import Scores
 from rbm.scoring.views import Video
+from rbm.scoring.vote import SuccessVote
 from rbm.video import VideoFile, stored_clip
 
 _task = click.option("--task", required=True, help="The instruction, such as 'open the drawer'.")
@@ -39,7 +41,9 @@ _json = click.option("--json", "json_path", metavar="FILE", help="Write everythi
 @_json
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw curves above a strip of frames (.png, .pdf, .svg).")
 @click.option("--video", "video_path", metavar="FILE", help="Write the video with its scores drawn in (.mp4).")
-@click.option("--every", type=int, default=1, show_default=True, help="Score every k-th stored frame (at most 64).")
+@click.option("--every", type=int, help="Score every k-th frame of the video; without it, 64 spread evenly over it.")
+@click.option("--dense", is_flag=True, help="Say a score for every frame, those in between on the line between two.")
+@click.option("--vote", default="3/5", show_default=True, metavar="K/N", help="Done: K of the last N scored frames.")
 @click.option(
     "--view",
     "views",
@@ -57,7 +61,9 @@ def score(
     json_path: str | None,
     plot_path: str | None,
     video_path: str | None,
-    every: int,
+    every: int | None,
+    dense: bool,
+    vote: str,
     views: tuple[str, ...],
     rows: int,
     device: str,
@@ -65,16 +71,19 @@ def score(
 ) -> None:
     """Progress (0 to 1, with its spread) and success probability for frames of each VIDEO.
 
-    Up to 64 frames of a video are looked at, spread evenly over it; each is scored from what came before it.
+    Each frame is scored from what came before it, as a live session would say it. A long video takes no more memory
+    than a short one.
 
     \b
     Examples:
       rbm score attempt.mp4 --task "open the drawer"
       rbm score attempt.mp4 --task "open the drawer" --plot scores.png --video scored.mp4
       rbm score runs/*.mp4 --task "open the drawer" --json scores.json
+      rbm score long.mp4 --task "open the drawer" --every 5 --dense --json scores.json
       rbm score near.mp4 --view wrist=wrist.mp4 --task "open the drawer" --checkpoint runs/two_views/model
     """
     check_task(task)
+    k, n = _vote(vote)
     others = _other_views(views, videos)
     _check_outputs((*videos, *others.values()), json_path, plot_path, video_path, len(videos))
     scorer = Scorer.from_pretrained(checkpoint, device, dtype)
@@ -85,11 +94,18 @@ def score(
     for path in videos:
         video = VideoFile(path)
         clip = stored_clip(video)
-        shown: Video = {(*scorer.views, "")[0]: clip, **others} if others else clip
-        scores = scorer.score(shown, task, every)
-        entries.append({"video": path, **({"views": others} if others else {}), **scores.to_json()})
+        seen = clip if every is None else video
+        shown: Video = {(*scorer.views, "")[0]: seen, **others} if others else seen
+        scores = scorer.score(shown, task, every or 1)
+        done = scores.done_at(k, n)
+        done_frame = None if done is None else int(scores.frame_index[done])
+        if dense:
+            scores = scores.dense()
+        entries.append(
+            {"video": path, **({"views": others} if others else {}), **scores.to_json(), "done_frame": done_frame}
+        )
         out.print(scores.table(path, rows))
-        out.print(_summary(scores), highlight=False)
+        out.print(_summary(scores, done_frame), highlight=False)
         if plot_path is not None:
             from rbm.scoring.plot import write_plot
 
@@ -203,16 +219,22 @@ def _console(json_path: str | None) -> Console:
     return Console(stderr=json_path == "-")
 
 
-def _summary(scores: Scores) -> str:
-    done = scores.success >= 0.5
+def _vote(given: str) -> tuple[int, int]:
+    """K and N of `--vote K/N`."""
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not found:
+        raise UserError(f"--vote {given}: write K/N, such as 3/5")
+    SuccessVote(int(found[1]), int(found[2]))  # says what is wrong with them
+    return int(found[1]), int(found[2])
+
+
+def _summary(scores: Scores, done_frame: int | None) -> str:
     text = f"at the end: progress {scores.progress[-1]:.2f} ± {scores.progress_std[-1]:.2f}, success "
     text += f"{scores.success[-1]:.2f}"
     if scores.remaining is not None:
         text += f", {scores.remaining[-1]:.1f} s to go"
-    if done[-1]:
-        # since when it has held without a break
-        since = len(done) - int(done[::-1].argmin()) if not done.all() else 0
-        text += f", done since {scores.timestamp[since]:.2f} s"
+    if done_frame is not None:
+        text += f", done at {np.interp(done_frame, scores.frame_index, scores.timestamp):.2f} s"
     return text + "\n"
 
 

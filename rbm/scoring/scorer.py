@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from itertools import combinations, islice
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import torch
@@ -27,11 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rbm.errors import UserError
-from rbm.frames import pick_frames, session_context
-from rbm.model import ClipBatch, FramePool, RewardModel, RewardOutput
+from rbm.frames import pick_frames
+from rbm.model import ClipBatch, RewardModel, RewardOutput
 from rbm.scoring.scores import ClipScores, Floats, Scores
-from rbm.scoring.views import Clips, Recording, Video, check_views, clips_of
+from rbm.scoring.views import Clips, Footage, Recording, Video, check_views, clips_of
 from rbm.video import Frames, StoredClip
+
+if TYPE_CHECKING:
+    from rbm.scoring.sessions import Session
 
 Shown = Frames | Mapping[str, Frames]
 """A clip as it is read: uint8 (n, H, W, 3) of the model's first view, or of several views by name, equally many."""
@@ -42,7 +45,13 @@ Decoded = tuple[Floats, Floats, Floats, Floats | None]
 _T = TypeVar("_T")
 
 BATCH_SIZE = 64
-"""Clips in one forward. On two cores larger batches gain nothing; on a GPU they may."""
+"""The most clips in one forward. On two cores larger batches gain nothing; on a GPU they may."""
+
+BATCH_FRAMES = 64
+"""Frames of a long video that are read before they are scored."""
+
+FORWARD_PLACES, FORWARD_PLACES_CPU = 65536, 4096
+"""Places of a sequence (tokens) that one forward takes, over all its clips, on a GPU and on the CPU."""
 
 
 class Scorer:
@@ -75,6 +84,11 @@ class Scorer:
             return cls(RewardModel.from_pretrained(str(folder), dtype), device)
 
     @property
+    def forward_places(self) -> int:
+        """Places of a sequence that one forward takes: what bounds its memory."""
+        return FORWARD_PLACES_CPU if self.device.type == "cpu" else FORWARD_PLACES
+
+    @property
     def context_frames(self) -> int:
         """The most frames that the model reads at once."""
         return self.model.context_frames
@@ -88,8 +102,9 @@ class Scorer:
         """Progress and success for frames of a video.
 
         Without `every`: `context_frames` of the stored frames, even, ends kept, in one forward. With `every=k`: every
-        k-th stored frame and the last, each scored from what a live session would hold at that moment
-        (`rbm.frames.session_context`): so scores of a moment do not depend on what follows it.
+        k-th frame of the video and the last, each scored from what a live session would hold at that moment
+        (`rbm.frames.session_context`): so scores of a moment do not depend on what follows it, nor on k. Memory does
+        not grow with the video's length. (A `StoredClip` has the frames that it has, at most 64.)
 
         A model with several views takes a mapping, `score({"near": video, "wrist": video}, task)`: the moments are
         those of the first view, in the model's order, and the others show their frames nearest in time.
@@ -103,11 +118,33 @@ class Scorer:
         check_task(task)
         if every < 1:
             raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
-        clips = clips_of(video, self.views)
-        last = len(_first(clips).frames) - 1
-        moments = sorted({*range(0, last + 1, every), last})
-        scored = self._score_moments(clips, moments, task)
-        return _scores(_part(_first(clips), np.array(moments)), scored, task)
+        footage = Footage.of(video, self.views)
+        last = len(footage.frame_index) - 1
+        moments = np.array(sorted({*range(0, last + 1, every), last}))
+        scored = self._score_footage(footage, moments, task)
+        return Scores(
+            scored.progress,
+            scored.progress_std,
+            scored.success,
+            footage.frame_index[moments],
+            footage.timestamp[moments],
+            task,
+            footage.fps,
+            footage.n_frames,
+            scored.remaining,
+        )
+
+    def stream(self, task: str) -> Session:
+        """A live session: it is given a frame at a time and says how far the attempt has got.
+
+        Sessions that shall be advanced together, or share a budget of memory, come from one `SessionPool`.
+
+        Raises:
+            UserError: the instruction is empty.
+        """
+        from rbm.scoring.sessions import SessionPool
+
+        return SessionPool(self).open(task)
 
     def score_batch(self, items: Sequence[tuple[Video, str]]) -> list[Scores]:
         """`score` for many videos, in shared forwards; videos are opened a batch at a time."""
@@ -157,10 +194,10 @@ class Scorer:
             UserError: a clip is empty or longer than `context_frames`, or an instruction is empty.
         """
         results = []
-        for chunk in _chunks(clips, batch_size):
+        for chunk in self._portions(clips, [[shown] for shown, _ in clips], batch_size):
             batch = self._batch(chunk)
             output = self._forward(batch)
-            decoded = self._decode(output)
+            decoded = self.decode(output)
             worth = [float("nan")] * len(chunk) if output.utility is None else output.utility.float().tolist()
             ends = np.cumsum(batch.lengths.numpy())[:-1]
             progress, spread, success = (np.split(array, ends) for array in decoded[:3])
@@ -174,7 +211,7 @@ class Scorer:
         Models with `joint` preference read each pair in both orders; the mean is antisymmetric.
         """
         better = [np.zeros(0, np.float32)]
-        for chunk in _chunks(pairs, max(1, batch_size // 2)):
+        for chunk in self._portions(pairs, [[a, b] for a, b, _ in pairs], max(1, batch_size // 2)):
             clips = [(frames, task) for a, b, task in chunk for frames in (a, b)]
             batch = self._batch(clips)
             rows = torch.arange(len(clips), device=self.device).reshape(-1, 2)
@@ -202,31 +239,28 @@ class Scorer:
         picked = pick_frames(len(_first(clips).frames), self.context_frames)
         return {name: _part(clip, picked) for name, clip in clips.items()}
 
-    def _score_moments(self, clips: Clips, moments: Sequence[int], task: str) -> ClipScores:
-        """Scores of stored frames `moments`, each as the last frame of a session's context."""
-        contexts = [session_context(t, self.context_frames) for t in moments]
-        rows, places = _merge_prefixes(contexts)
-        # The model sees few of the pixels: one pass over the stored frames, then small tensors only.
-        seen = [self.model.preprocess(clips[name].frames) if name in clips else None for name in self.views or clips]
-        scored: list[Decoded] = []
-        for chunk in _chunks(rows, BATCH_SIZE):
-            shown, ids = np.unique(np.concatenate(chunk), return_inverse=True)
-            pool, place = FramePool(), torch.from_numpy(ids.astype(np.int64))
-            columns = [
-                torch.full_like(place, -1) if view is None else pool.add(number, view[torch.from_numpy(shown)]) + place
-                for number, view in enumerate(seen)
-            ]
-            groups, renumber = pool.groups()
-            batch = ClipBatch(
-                frames=groups,
-                frame_ids=renumber(torch.stack(columns, dim=1)),
-                lengths=torch.tensor([len(row) for row in chunk]),
-                tasks=(task,) * len(chunk),
-            )
-            scored.append(self._decode(self._forward(batch)))
-        progress, spread, success = (np.concatenate([part[i] for part in scored])[places] for i in range(3))
-        remaining = [part[3] for part in scored if part[3] is not None]
-        left = np.concatenate(remaining)[places] if remaining else None
+    def _score_footage(self, footage: Footage, moments: NDArray[np.int64], task: str) -> ClipScores:
+        """Scores of the frames `moments`, each as a live session says it that was given all frames before."""
+        from rbm.scoring.sessions import SessionPool, strides
+
+        pool = SessionPool(self)
+        session = pool.open(task)
+        last = int(moments[-1])
+        asked = np.zeros(last + 1, bool)
+        asked[moments] = True
+        stride = strides(last + 1, self.context_frames)
+        looked_at = np.flatnonzero(asked | (np.arange(last + 1) % stride == 0))
+        found = []
+        frames = zip(looked_at.tolist(), footage.stream(looked_at), strict=True)
+        for chunk in _chunks(frames, BATCH_FRAMES):
+            found += pool.push_at([(session, n, shown.get("", shown), bool(asked[n])) for n, shown in chunk])
+        progress, spread, success = (
+            np.array([getattr(score, name) for score in found], np.float32)
+            for name in ("progress", "progress_std", "success")
+        )
+        left = None
+        if self.model.remaining:
+            left = np.array([score.remaining for score in found], np.float32)
         return ClipScores(progress, spread, success, float("nan"), left)
 
     def _batch(self, clips: Sequence[tuple[Shown, str]]) -> ClipBatch:
@@ -248,6 +282,21 @@ class Scorer:
         seen = [[None if frames is None else tensors[id(frames)] for frames in shown] for shown in views]
         return ClipBatch.from_clips([(shown, task) for shown, (_, task) in zip(seen, clips, strict=True)])
 
+    def _portions(self, items: Sequence[_T], shown: Sequence[Sequence[Shown]], most: int) -> Iterator[list[_T]]:
+        """Runs of at most `most` items whose clips fit into one forward together; at least one each."""
+        portion: list[_T] = []
+        taken = 0
+        for item, clips in zip(items, shown, strict=True):
+            arrays = [x for clip in clips for x in (clip.values() if isinstance(clip, Mapping) else [clip])]
+            places = sum(len(x) * self.model.backbone.places(*x.shape[1:3]) for x in arrays if x.ndim == 4)
+            if portion and (len(portion) == most or taken + places > self.forward_places):
+                yield portion
+                portion, taken = [], 0
+            portion.append(item)
+            taken += places
+        if portion:
+            yield portion
+
     def _by_view(self, shown: Shown) -> list[Frames | None]:
         """Frames of each view that the model reads, none where it is not there."""
         if not isinstance(shown, Mapping):
@@ -265,26 +314,13 @@ class Scorer:
         assert logits is not None, "pairs were asked for"
         return logits
 
-    def _decode(self, output: RewardOutput) -> Decoded:
+    def decode(self, output: RewardOutput) -> Decoded:
+        """What a model said, as numbers: progress, its spread, success (and remaining seconds), float32 (F,) each."""
         with torch.inference_mode():
             progress, spread, success = (x.float().cpu().numpy() for x in self.model.decode(output))
             if not self.model.remaining:
                 return progress, spread, success, None
             return progress, spread, success, self.model.decode_remaining(output)[0].cpu().numpy()
-
-
-def _merge_prefixes(contexts: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Fewest rows that hold all contexts as prefixes, and where in their concatenation each context ends."""
-    found: dict[tuple[int, ...], tuple[int, int]] = {}
-    rows: list[NDArray[np.int64]] = []
-    for context in sorted(contexts, key=len, reverse=True):
-        key = tuple(context.tolist())
-        if key not in found:
-            found |= {key[: i + 1]: (len(rows), i) for i in range(len(key)) if key[: i + 1] not in found}
-            rows.append(context)
-    starts = np.cumsum([0, *(len(row) for row in rows)])
-    at = [found[tuple(context.tolist())] for context in contexts]
-    return rows, np.array([starts[row] + i for row, i in at])
 
 
 def _first(clips: Clips) -> StoredClip:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
-from rich.text import Text
 
 from rbm.frames import pick_frames
+from rbm.scoring.vote import vote
+
+if TYPE_CHECKING:  # a client of the server has no rich
+    from rich.table import Table
+    from rich.text import Text
 
 Floats = NDArray[np.float32]
 
@@ -32,6 +35,16 @@ class ClipScores:
     success: Floats
     utility: float
     remaining: Floats | None = None
+
+
+@dataclass(frozen=True)
+class FrameScore:
+    """What a session says of the frame that it was just given; fields as in `Scores`."""
+
+    progress: float
+    progress_std: float
+    success: float
+    remaining: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,37 @@ class Scores:
         numbers = {name: [_short(value) for value in getattr(self, name).tolist()] for name in arrays}
         return {"task": self.task, "fps": _short(self.fps), "n_frames": self.n_frames, **numbers}
 
+    def dense(self) -> Scores:
+        """Scores of every frame of the video, those between two scored frames on the line between them."""
+        every = np.arange(self.n_frames, dtype=np.int32)
+
+        def between(values: Floats) -> Floats:
+            return np.interp(every, self.frame_index, values).astype(np.float32)
+
+        return replace(
+            self,
+            progress=between(self.progress),
+            progress_std=between(self.progress_std),
+            success=between(self.success),
+            frame_index=every,
+            timestamp=between(self.timestamp),
+            remaining=None if self.remaining is None else between(self.remaining),
+        )
+
+    def done_at(self, k: int = 3, n: int = 5, threshold: float = 0.5) -> int | None:
+        """Of the scored frames the first at which the task counts as done (`rbm.scoring.vote`), none if it never does.
+
+        Returns:
+            A position in the arrays here; `frame_index` and `timestamp` say where in the video that is.
+        """
+        held = vote(self.success, k, n, threshold)
+        return int(held.argmax()) if held.any() else None
+
     def table(self, title: str = "", max_rows: int = 20) -> Table:
         """A table for the terminal of at most `max_rows` frames (at least 2), even, first and last kept."""
+        from rich.table import Table
+        from rich.text import Text
+
         shown = pick_frames(len(self), max(2, max_rows))
         table = Table(
             title=Text(title) if title else None, title_justify="left", title_style="bold", header_style="dim"
@@ -99,6 +141,8 @@ class Scores:
 
 def _bar(progress: float, success: float) -> Text:
     """A bar as long as the progress, with a tick where the success probability stands."""
+    from rich.text import Text
+
     filled = round(progress * _BAR)
     cells = ["━" if i < filled else " " for i in range(_BAR)]
     bar = Text("".join(cells), style="cyan")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rbm.errors import UserError
-from rbm.video import Frames, StoredClip, VideoFile, stored_clip
+from rbm.video import DEFAULT_FPS, Frames, StoredClip, VideoFile, stored_clip, stored_frames
 
 Recording = str | os.PathLike[str] | VideoFile | Frames | StoredClip
 """One camera's video: a file, an opened file, uint8 frames (T, H, W[, C]), or a clip made by `stored_clip`."""
@@ -46,6 +48,82 @@ def clips_of(video: Video, views: tuple[str, ...]) -> Clips:
     for name in others:
         clips[name] = _at(video[name], clips[first])
     return clips
+
+
+@dataclass(frozen=True)
+class Footage:
+    """All frames of a video, in all its views, read one after another.
+
+    Attributes:
+        frame_index: int32 (T,), of each frame in the original video.
+        timestamp: float32 (T,), seconds.
+        fps, n_frames: of the original video.
+        views: names of the views that are there ("" where the model has none).
+    """
+
+    frame_index: NDArray[np.int32]
+    timestamp: NDArray[np.float32]
+    fps: float
+    n_frames: int
+    _shown: Mapping[str, tuple[VideoFile | StoredClip | Frames, NDArray[np.int64]]]
+
+    @classmethod
+    def of(cls, video: Video, views: tuple[str, ...]) -> Footage:
+        """Of a clip that `stored_clip` made the frames that it has; of anything else every frame.
+
+        Raises:
+            UserError: as `clips_of`.
+        """
+        if isinstance(video, Mapping):
+            check_views(video, views)
+            named = {name: _opened(video[name]) for name in views if name in video}
+        else:
+            named = {views[0] if views else "": _opened(video)}
+        first, *others = named
+        recording = named[first]
+        if isinstance(recording, StoredClip):
+            index, fps, n_frames = recording.frame_index, recording.fps, recording.n_frames
+            times = recording.timestamp
+        else:
+            fps = recording.fps if isinstance(recording, VideoFile) else DEFAULT_FPS
+            times = _times(recording, fps)
+            n_frames = len(times)
+            index = np.arange(n_frames, dtype=np.int32)
+        shown = {first: (recording, np.arange(len(index)))}
+        for name in others:
+            shown[name] = (named[name], nearest_in_time(_times(named[name], fps), times))
+        return cls(index, times.astype(np.float32), fps, n_frames, shown)
+
+    def stream(self, picked: NDArray[np.int64]) -> Iterator[dict[str, Frames]]:
+        """Frames at rising positions, uint8 (H, W, 3) by view, in the size in which they are stored."""
+        readers = {name: _frames_at(recording, place[picked]) for name, (recording, place) in self._shown.items()}
+        for _ in picked:
+            yield {name: next(reader) for name, reader in readers.items()}
+
+
+def _opened(recording: Recording) -> VideoFile | StoredClip | Frames:
+    if isinstance(recording, np.ndarray):
+        stored_frames(recording[:1])  # says what is wrong with it
+    return recording if isinstance(recording, VideoFile | StoredClip | np.ndarray) else VideoFile(recording)
+
+
+def _times(recording: VideoFile | StoredClip | Frames, fps: float) -> NDArray[np.floating]:
+    if isinstance(recording, np.ndarray):
+        return np.arange(len(recording)) / fps
+    return recording.timestamps if isinstance(recording, VideoFile) else recording.timestamp
+
+
+def _frames_at(recording: VideoFile | StoredClip | Frames, places: NDArray[np.int64]) -> Iterator[Frames]:
+    """Stored-size frames at places that never fall."""
+    if isinstance(recording, StoredClip):
+        yield from recording.frames[places]
+    elif isinstance(recording, np.ndarray):
+        for place in places:
+            yield stored_frames(recording[place : place + 1])[0]
+    else:
+        rising, counts = np.unique(places, return_counts=True)
+        for frame, count in zip(recording.stream(rising), counts.tolist(), strict=True):
+            yield from repeat(stored_frames(frame[None])[0], count)
 
 
 def check_views(named: Mapping[str, object], views: tuple[str, ...]) -> None:

@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rbm.cli import cli
+from rbm.errors import UserError
 from rbm.scoring import Scorer
-from rbm.video import VideoFile
+from rbm.video import VideoFile, stored_clip
 
 
 def run(*arguments: str | Path) -> Result:
@@ -36,7 +37,7 @@ def test_score_writes_everything_asked_for(tmp_path: Path, video_path: Path, usu
     assert content["task"] == "push the square"
     (entry,) = content["videos"]
     assert entry["video"] == str(video_path)
-    expected = Scorer.from_pretrained(usual[3], device="cpu").score(video_path, "push the square", every=1)
+    expected = Scorer.from_pretrained(usual[3], device="cpu").score(stored_clip(video_path), "push the square", every=1)
     np.testing.assert_allclose(entry["progress"], expected.progress, atol=1e-5)
     np.testing.assert_allclose(entry["success"], expected.success, atol=1e-5)
     assert entry["frame_index"] == expected.frame_index.tolist()
@@ -47,14 +48,28 @@ def test_score_writes_everything_asked_for(tmp_path: Path, video_path: Path, usu
 def test_json_on_the_standard_output_is_alone_there(video_path: Path, usual: list[str | Path]) -> None:
     result = run("score", video_path, video_path, *usual, "--every", "9", "--json", "-")
     content = json.loads(result.stdout)
-    assert [len(entry["progress"]) for entry in content["videos"]] == [8, 8]
+    assert [len(entry["progress"]) for entry in content["videos"]] == [11, 11]  # 0, 9, …, 81, 89
     assert "at the end" in result.stderr
 
 
 def test_rows_and_every(video_path: Path, usual: list[str | Path]) -> None:
     result = run("score", video_path, *usual, "--every", "21", "--rows", "50")
-    assert result.stdout.count("│") == 4 * 7  # frames 0, 21, 42, 63
+    assert result.stdout.count("│") == 6 * 7  # frames 0, 21, 42, 63, 84, 89
     assert "scored frames" not in result.stdout
+
+
+def test_dense_scores_and_the_vote(tmp_path: Path, video_path: Path, usual: list[str | Path]) -> None:
+    run("score", video_path, *usual, "--every", "8", "--dense", "--vote", "1/1", "--json", tmp_path / "s.json")
+    (entry,) = json.loads((tmp_path / "s.json").read_text())["videos"]
+    sparse = Scorer.from_pretrained(usual[3], device="cpu").score(video_path, "push the square", every=8)
+    assert entry["frame_index"] == list(range(90))
+    np.testing.assert_allclose(entry["progress"], sparse.dense().progress, atol=1e-5)
+    over = np.flatnonzero(sparse.success >= 0.5)
+    assert entry["done_frame"] == (sparse.frame_index[over[0]] if len(over) else None)
+    for bad in ("3", "5/3", "0/2", "a/b"):
+        result = CliRunner().invoke(cli, ["score", str(video_path), *map(str, usual), "--vote", bad])
+        assert isinstance(result.exception, UserError)
+        assert "vote" in str(result.exception)
 
 
 @pytest.mark.parametrize("preference", ["utility", "joint"])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rbm.model.batch import ClipBatch
+from rbm.model.memory import Memory
 
 Preprocessor = Callable[[NDArray[np.uint8]], Tensor]
 """uint8 (T, H, W, 3) of any size -> uint8 (T, h, w, 3) as the model takes it. Holds no weights and can be pickled,
@@ -82,6 +83,10 @@ class Backbone(nn.Module, ABC):
     def tower(self) -> nn.Module:
         """The part that `encode` runs."""
 
+    def places(self, height: int, width: int) -> int:
+        """Places of a sequence that a frame of this size takes, before preprocessing."""
+        return 1
+
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:
         """Features of preprocessed frames, each by itself: uint8 (U, h, w, 3) -> float (U, levels, rows, columns, d).
@@ -95,6 +100,19 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             ValueError: a pair mode whose pairs do not use every clip exactly once.
+        """
+
+    @abstractmethod
+    def advance(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> Tensor:
+        """Hidden states of steps that follow what memories hold; without gradients.
+
+        Args:
+            batch: clip n holds the new steps of `behind[n]`; its instruction counts where it is the first.
+            behind: a memory and how many of its steps are kept, for each clip. Clips are worked off in their order: the
+                same memory may stand there several times, and finds what the clips before it left.
+
+        Returns:
+            float (F, d), as `States.frames` of one forward over kept and new steps. The memories hold the new steps.
         """
 
     def encoded(self, batch: ClipBatch) -> list[Tensor]:

@@ -6,7 +6,8 @@ Clips and pairs are rows of units (`rbm.model.layout`), side by side and padded:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 from rbm.model.backbones.base import Backbone, PairMode, States, check_pairs, check_views, view_names
 from rbm.model.batch import ClipBatch
 from rbm.model.layout import Kind, Row, causal_row, clip_row, joint_row, visible
+from rbm.model.memory import Mark, Memory, Recall, Run
 
 PADDING = -1
 """In the column `kind` of padded rows."""
+
+_NO_WORDS = np.zeros(0, np.int64)
 
 
 def rotary(x: Tensor, position: Tensor) -> Tensor:
@@ -32,8 +36,12 @@ def rotary(x: Tensor, position: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention: query, key, value (B, heads, L, D) -> (B, heads, L, D)."""
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, L, d), mask bool (B, 1, L, L), position (B, L)."""
+    """Pre-norm transformer block: x (B, L, d), position (B, L)."""
 
     def __init__(self, hidden: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -45,10 +53,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, mix: Mix) -> Tensor:
         B, L, d = x.shape
         q, k, v = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotary(q, position), rotary(k, position), v, attn_mask=mask)
+        mixed = mix(rotary(q, position), rotary(k, position), v)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(B, L, d)))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -92,13 +100,40 @@ class RowBackbone(Backbone):
         said, shown = kind == Kind.TEXT, kind == Kind.FRAME
         x = torch.where(said[..., None], F.embedding(torch.where(said, source, 0), table).to(x.dtype), x)
         x = torch.where(shown[..., None], tokens[torch.where(shown, source, 0)].to(x.dtype), x)
+        mix = partial(F.scaled_dot_product_attention, attn_mask=mask)
         for block in self.blocks:
-            x = block(x, mask, position)
+            x = block(x, position, mix)
         x = self.norm(x)
 
         frames = torch.empty(len(batch.frame_ids), self.hidden, dtype=x.dtype, device=x.device)
         frames = frames.index_copy(0, source[shown], x[shown])
         return States(frames, None if mode is PairMode.CLIPS else x[kind == Kind.PREFERENCE])
+
+    def advance(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> Tensor:
+        new = list(dict.fromkeys(t for t, (_, kept) in zip(batch.tasks, behind, strict=True) if kept == 0))
+        text, table = self.text(new) if new else ([], self.marker_embedding.weight)
+        words_of = dict(zip(new, text, strict=True))
+        runs, said, positions = [], [], []
+        for task, count, (memory, kept) in zip(batch.tasks, batch.lengths.tolist(), behind, strict=True):
+            mark = memory.crop(kept)
+            words = words_of[task] if kept == 0 else _NO_WORDS
+            begin, size = mark.places, len(words) + count
+            first = begin + len(words) + 1
+            memory.marks += [Mark(place, place, 0) for place in range(first, first + count)]
+            memory.reserve(begin + size, 1)
+            runs.append(Run(memory, begin, size))
+            said += [words, np.full(count, -1, np.int64)]
+            positions.append(np.arange(begin, begin + size))
+        source = torch.from_numpy(np.concatenate(said)).to(table.device)
+        position = torch.from_numpy(np.concatenate(positions)).to(table.device)[None]
+        tokens = self._steps(batch)
+        x = F.embedding(source.clamp(min=0), table).to(tokens.dtype)
+        shown = (source < 0).nonzero().flatten()
+        x = x.index_copy(0, shown, tokens)[None]
+        recall = Recall(runs)
+        for number, block in enumerate(self.blocks):
+            x = block(x, position, lambda q, k, v, n=number: recall.attend(n, q[0], k[0], v[0])[None])
+        return self.norm(x[0].index_select(0, shown))
 
     def _steps(self, batch: ClipBatch) -> Tensor:
         """One token a step: float (F, d)."""

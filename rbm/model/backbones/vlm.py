@@ -17,9 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from rbm.errors import UserError
 from rbm.model import packing
 from rbm.model.backbones.base import Backbone, PairMode, Preprocessor, States, check_pairs, check_views, view_names
 from rbm.model.batch import ClipBatch
+from rbm.model.memory import Mark, Memory, Recall, Run
 from rbm.model.packing import Pack, Packer, Picture, Place
 from rbm.model.pixels import AsIs, PillowResize, PillowSquare, tensor_resize
 from rbm.model.prompt import ISOLATED, MARKERS, Prompt
@@ -155,6 +158,10 @@ class VisionLanguageBackbone(Backbone):
         return height // self.unit, width // self.unit
 
     # the rest is shared
+
+    def places(self, height: int, width: int) -> int:
+        height, width = self._resize.size(height, width)
+        return (height // self.unit) * (width // self.unit)
 
     def _tagged(self, prompt: Prompt) -> Prompt:
         """The prompt, which must name the views where text tells them apart; the default one is made to.
@@ -285,8 +292,17 @@ class VisionLanguageBackbone(Backbone):
             return torch.cat([self._encode(part) for part in frames.split(max(1, most // tokens))])
 
     def forward(self, batch: ClipBatch, mode: PairMode, pairs: Tensor | None = None) -> States:
-        device = self.markers.weight.device
         pack = self.pack(batch, mode, pairs)
+        hidden, frames = self._hidden(batch, pack)
+        readouts = None if mode is PairMode.CLIPS else hidden.index_select(0, pack.readouts.to(hidden.device))
+        return States(frames, readouts)
+
+    def advance(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> Tensor:
+        return self._hidden(batch, self._pack_behind(batch, behind))[1]
+
+    def _hidden(self, batch: ClipBatch, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Hidden states of the pack (L, d), and of the batch's steps (F, d)."""
+        device = self.markers.weight.device
         marked, which = self._marked(pack.ids)
         pack, marked, which = pack.to(device), marked.to(device), which.to(device)
         features = torch.cat([group.flatten(2, 3).transpose(1, 2).flatten(0, 1) for group in self.encoded(batch)])
@@ -301,8 +317,7 @@ class VisionLanguageBackbone(Backbone):
             frames = hidden.index_select(0, pack.frames)
         else:
             frames = self._pooled(hidden.index_select(0, pack.picture), pack.owner, len(batch.frame_ids))
-        readouts = None if mode is PairMode.CLIPS else hidden.index_select(0, pack.readouts)
-        return States(frames, readouts)
+        return hidden, frames
 
     def _embed(self, pack: Pack, marked: Tensor, which: Tensor) -> Tensor:
         ids = pack.ids.clamp(max=self.embedding.num_embeddings - 1)
@@ -369,13 +384,54 @@ class VisionLanguageBackbone(Backbone):
                 text = prompt.question(task, pair=True) + prompt.first + writer.steps(a) + prompt.split
                 text += prompt.second + writer.steps(b, 1 + writer.pictures(a)) + prompt.closing + prompt.readout
                 writer.branch(text + prompt.end, [a, b])
-        longest, most = max(writer.packer.next_position), self.language.config.max_position_embeddings
+        self._check_length(writer.packer)
+        return writer.packer.pack()
+
+    def _pack_behind(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> Pack:
+        """Steps behind what memories hold: as in `pack`, word for word and position for position."""
+        for task in set(batch.tasks):
+            self.words.check(task)
+        check_views(batch, self.views)
+        if not self._steps_stand_alone:
+            raise UserError("this model's prompt joins the words of neighbouring steps: it cannot score step by step")
+        writer = _Writer(self, batch)
+        packer, runs = writer.packer, []
+        for clip, (memory, kept) in enumerate(behind):
+            mark, task = memory.crop(kept), batch.tasks[clip]
+            begin = start = packer.branches[-1][1] if packer.branches else 0
+            for step, views in writer.shown(clip):
+                text = writer.step(views, mark.pictures + 1)
+                ids = self.words.encode(text)
+                if mark.places == 0 and self.prompt.shared:
+                    ids = np.concatenate([self.words.encode(self.prompt.question(task)), ids])
+                elif mark.places == 0:
+                    ids = self.words.encode(self.prompt.question(task) + text)
+                start = packer.branches[-1][1] if packer.branches else 0
+                packer.add(ids, writer.pictures_of(step, views), [step], offset=mark.position)
+                size = packer.branches[-1][1] - start
+                mark = Mark(mark.places + size, packer.next_position[-1], mark.pictures + len(views))
+                memory.marks.append(mark)
+            size = packer.branches[-1][1] - begin
+            memory.reserve(mark.places, packer.branches[-1][1] - start)
+            runs.append(Run(memory, mark.places - size, size))
+        self._check_length(packer)
+        return packer.pack(Recall(runs))
+
+    @cached_property
+    def _steps_stand_alone(self) -> bool:
+        """Whether the words of a step become the same tokens by themselves as between others."""
+        names = ((self.views or ("",))[0],)
+        first, second = self.prompt.steps(1, (names,)), self.prompt.steps(1, (names,), 2)
+        apart = np.concatenate([self.words.encode(first), self.words.encode(second)])
+        return np.array_equal(self.words.encode(first + second), apart)
+
+    def _check_length(self, packer: Packer) -> None:
+        longest, most = max(packer.next_position), self.language.config.max_position_embeddings
         if longest > most:
             raise UserError(
                 f"a clip with its instruction takes {longest} places and the model reads {most}: shorten the "
                 "instruction, or show fewer or smaller frames"
             )
-        return writer.packer.pack()
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Trade time for memory: hidden states of a block are computed again on the way back."""
@@ -418,12 +474,17 @@ class _Writer:
         views = tuple(tuple(names[view] for view in views) for _, views in self.shown(clip))
         return self.backbone.prompt.steps(len(views), views, start)
 
+    def step(self, views: Sequence[int], start: int) -> str:
+        """Text of one step that shows these views, whose first picture is number `start`."""
+        names = self.backbone.views or ("",)
+        return self.backbone.prompt.steps(1, (tuple(names[view] for view in views),), start)
+
+    def pictures_of(self, step: int, views: Sequence[int]) -> list[Picture]:
+        return [Picture(self.places[self.ids[step][view]], view, step) for view in views]
+
     def branch(self, text: str, clips: Sequence[int] = (), before: tuple[int, ...] = ()) -> int:
         pictures = [
-            Picture(self.places[self.ids[step][view]], view, step)
-            for clip in clips
-            for step, views in self.shown(clip)
-            for view in views
+            picture for clip in clips for step, views in self.shown(clip) for picture in self.pictures_of(step, views)
         ]
         steps = [step for clip in clips for step in self.spans[clip]]
         return self.packer.add(self.backbone.words.encode(text), pictures, steps, before)
