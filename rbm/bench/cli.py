@@ -41,12 +41,7 @@ def scale(sizes: str, keep: Path | None, workers: int, plot: Path | None, out: P
     from rbm.bench import figure
     from rbm.bench.scale import run
 
-    try:
-        numbers = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise click.BadParameter("whole numbers from 1 on, with commas between them", param_hint="--sizes")
+    numbers = _numbers(sizes, "--sizes")
     facts = run(numbers, keep, workers)
     _print(facts, out)
     if plot is not None:
@@ -165,6 +160,27 @@ def train(
 
 
 @bench.command()
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, …; auto: a GPU if there is one.")
+@click.option("--dims", type=click.Choice(["tiny", "small", "even", "4b"]), default="small", show_default=True)
+@click.option("--frames", type=click.IntRange(2), default=32, show_default=True, help="Of the clip.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--sessions", default="1,8,64", show_default=True, help="That advance together, with commas.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of PyTorch on the CPU.")
+@click.option("--json", "out", type=FILE, help="Write the JSON to a file too.")
+def score(device: str, dims: str, frames: int, rounds: int, sessions: str, threads: int, out: Path | None) -> None:
+    """A push against a forward, all prefixes of a clip, an episode, pools of sessions.
+
+    \b
+    Examples:
+      rbm bench score --json score.json
+      rbm bench score --dims 4b --json h100.json
+    """
+    from rbm.bench.scoring import run
+
+    _print(run(dims, device, frames, rounds, _numbers(sessions, "--sessions"), torch_threads=threads), out)
+
+
+@bench.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dims", type=click.Choice(["tiny", "small", "4b"]), default="4b", show_default=True)
 @click.option("--gpus", type=click.IntRange(1), help="Processes; by default trainer.devices × trainer.num_nodes.")
@@ -189,6 +205,17 @@ def memory(
     if out is not None:
         with whole_file(out) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def _numbers(given: str, option: str) -> list[int]:
+    """Whole numbers from 1 on, with commas between them."""
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise click.BadParameter("whole numbers from 1 on, with commas between them", param_hint=option)
+    return numbers
 
 
 def _print(facts: dict[str, Any], out: Path | None) -> None:

@@ -12,12 +12,10 @@ The batches are a real sampler's, of a corpus made for the run. Outputs of all f
 
 from __future__ import annotations
 
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,12 @@ from torch import Tensor
 
 from rbm.bench import dims as sizes
 from rbm.bench import flops
+from rbm.bench.device import device_named, now, random_model, versions
+from rbm.bench.device import threads as torch_threads
 from rbm.bench.measure import machine
 from rbm.bench.plain_qwen import PlainBatch, PlainQwen
 from rbm.bench.synthetic import record, scene
 from rbm.corpus import CorpusWriter
-from rbm.errors import UserError
 from rbm.model import LossWeights, PairBatch, RewardModel, RewardOutput, reward_losses
 from rbm.model.backbones.qwen3_vl import Qwen3VLBackbone
 from rbm.model.batch import ClipBatch
@@ -78,13 +77,13 @@ def run(
     Raises:
         UserError: a device that is not there, or dimensions that are too large for it.
     """
-    place = _device(device, dims)
+    place = device_named(device, dims)
     kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and place.type != "cpu") else torch.float32
     checkpointing = dims == "4b" if checkpointing is None else checkpointing
-    with _threads(threads):
+    with torch_threads(threads):
         _say(f"building {dims} on {place}")
         torch.manual_seed(0)
-        model = _model(dims, place, kind)
+        model = random_model(dims, place, kind, CONTEXT)
         backbone = model.backbone
         assert isinstance(backbone, Qwen3VLBackbone)
         plain = PlainQwen(model)
@@ -101,7 +100,7 @@ def run(
             "threads": torch.get_num_threads(),
             "gradient_checkpointing": checkpointing,
             "machine": machine(),
-            "versions": _versions(),
+            "versions": versions(),
             "model": _described(model),
             "batches": _shapes(model, samples, visual_tokens(dims)),
             "outputs": _compared(model, plain, samples[0]),
@@ -160,43 +159,6 @@ def proportions(dims: str) -> dict[str, float]:
         "tower_over_language_step": work.tower / language,
         "attention_over_matrices": work.attention / work.language,
     }
-
-
-def _device(name: str, dims: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(name)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not there: use --device auto or cpu") from error
-    if dims == "4b" and place.type == "cpu":
-        raise UserError("4b dimensions need an accelerator with 40 GB or more: use --dims small on the CPU")
-    return place
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _model(dims: str, device: torch.device, dtype: torch.dtype) -> RewardModel:
-    """A utility model with random weights, its tower frozen."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # buffers that must stay float32 say so themselves
-    try:
-        with device:
-            backbone = Qwen3VLBackbone(sizes.architecture(dims), sizes.tokenizer())
-            model = RewardModel(backbone, CONTEXT, dropout=0.0)
-    finally:
-        torch.set_default_dtype(before)
-    backbone.tower.requires_grad_(False)
-    return model
 
 
 def _batches(model: RewardModel, frame: tuple[int, int], pairs: int, count: int) -> Iterator[PairBatch]:
@@ -309,12 +271,12 @@ def _timed(
         for way in ways:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            start, cpu = _now(device), time.process_time()
+            start, cpu = now(device), time.process_time()
             output = _forward(model, plain, sample, way)
             reward_losses(output, sample.pairs.targets, sample.pairs.counts, LossWeights()).total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            seconds, cpu = _now(device) - start, time.process_time() - cpu
+            seconds, cpu = now(device) - start, time.process_time() - cpu
             if number:  # the first warms up
                 found[way]["seconds"].append(seconds)
                 found[way]["cpu"].append(cpu)
@@ -324,23 +286,15 @@ def _timed(
     return found
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large product of matrices on this device: the best of several runs."""
     n, runs = (8192, 20) if device.type == "cuda" else (1024, 8)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(runs):
-        start = _now(device)
+        start = now(device)
         torch.mm(a, b)
-        times.append(_now(device) - start)
+        times.append(now(device) - start)
     return 2 * n**3 / min(times)
 
 
@@ -440,19 +394,6 @@ def visual_tokens(dims: str) -> int:
     """Of one frame."""
     height, width = fitting_size(*FRAME[dims], unit=32, least=4, most=16384)
     return height * width // 32**2
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    from rbm.training.run import git_revision
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "revision": git_revision(),
-    }
 
 
 def _say(what: str) -> None:

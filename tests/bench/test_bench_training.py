@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rbm.bench import dims, flops, memory, training
 from rbm.bench.cli import bench
+from rbm.bench.device import random_model
 from rbm.bench.plain_qwen import PlainQwen
 from rbm.errors import UserError
 from rbm.model import LossWeights, RewardModel, reward_losses
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 def tiny() -> tuple[RewardModel, PlainQwen, training.Sample]:
     """A tiny model, the plain way on its weights, and a batch of three pairs."""
     torch.manual_seed(0)
-    model = training._model("tiny", CPU, torch.float32)
+    model = random_model("tiny", CPU, torch.float32)
     plain = PlainQwen(model)
     plain.share_markers()
     (batch,) = training._batches(model, (96, 96), 3, 1)
@@ -149,7 +150,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
 def test_activations_are_those_that_pytorch_keeps(name, precision):
     tuning = Tuning(**TUNINGS[name])
     torch.manual_seed(0)
-    model = training._model("small", CPU, torch.float32)
+    model = random_model("small", CPU, torch.float32)
     tuning.apply(model)
     model.train()
     frames = torch.randn(8, 2, 4, 4, model.backbone.hidden)

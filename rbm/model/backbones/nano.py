@@ -25,6 +25,11 @@ from rbm.model.backbones.transformer import RowBackbone
 from rbm.model.layout import N_MARKERS
 
 
+ENCODE_FRAMES_CPU = 16
+"""Frames that the encoder gets at once on the CPU while nothing is trained: what these take stays in the cache, a fifth
+less time than for 64."""
+
+
 @dataclass(frozen=True)
 class SquareResize:
     """uint8 (T, H, W, 3) -> uint8 (T, size, size, 3): antialiased bilinear, aspect ratio not kept."""
@@ -117,7 +122,9 @@ class NanoBackbone(RowBackbone):
         return self.frame_encoder
 
     def encode(self, frames: Tensor) -> Tensor:
-        return self.frame_encoder(frames)[:, None, None, None]
+        slice_of = len(frames) if torch.is_grad_enabled() or frames.is_cuda else ENCODE_FRAMES_CPU
+        parts = [self.frame_encoder(part) for part in frames.split(max(1, slice_of))]
+        return torch.cat(parts)[:, None, None, None]
 
     def words_of(self, task: str) -> NDArray[np.int64]:
         """Token ids of an instruction: lower-cased words and signs, hashed (CRC-32) into the table."""
