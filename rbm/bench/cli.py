@@ -182,6 +182,39 @@ def score(device: str, dims: str, frames: int, rounds: int, sessions: str, threa
 
 @bench.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--clients", type=click.IntRange(1), default=64, show_default=True, help="That push at once.")
+@click.option("--seconds", type=click.FloatRange(0.2), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--side", type=click.IntRange(8), default=96, show_default=True, help="Pixels of the square frames.")
+@click.option("--sessions", type=click.IntRange(1), default=1000, show_default=True, help="Open at once.")
+@click.option("--session-bytes", type=click.IntRange(1), default=128 << 20, show_default=True, help="Their budget.")
+@click.option("--soak", type=click.FloatRange(0), default=0.0, help="Seconds of load while memory is watched.")
+@click.option("--json", "out", type=FILE, help="Write the JSON to a file too.")
+def serve(
+    overrides: tuple[str, ...],
+    clients: int,
+    seconds: float,
+    rounds: int,
+    side: int,
+    sessions: int,
+    session_bytes: int,
+    soak: float,
+    out: Path | None,
+) -> None:
+    """The scoring server under load: many clients with and without batching, many sessions, minutes on end.
+
+    \b
+    Examples:
+      rbm bench serve threads=1 --soak 300 --json serve.json
+      rbm bench serve device=cuda checkpoint=runs/first/model --clients 256
+    """
+    from rbm.bench.serving import run
+
+    _print(run(overrides, clients, seconds, rounds, side, sessions, session_bytes, soak), out)
+
+
+@bench.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dims", type=click.Choice(["tiny", "small", "4b"]), default="4b", show_default=True)
 @click.option("--gpus", type=click.IntRange(1), help="Processes; by default trainer.devices × trainer.num_nodes.")
 @click.option("--tokens", type=click.IntRange(1), default=80, show_default=True, help="Visual tokens of a frame.")

@@ -219,7 +219,8 @@ class SessionPool:
     Args:
         scorer: the model.
         budget_bytes: what keys, features and frames of all sessions may take between two pushes; none for no bound. A
-            forward in flight takes its own on top.
+            forward in flight takes its own on top, and what the last push brought may go beyond it where nothing is
+            left to lose; no further frame is taken then until a session is closed or reset.
     """
 
     def __init__(self, scorer: Scorer, budget_bytes: int | None = None) -> None:
@@ -267,7 +268,8 @@ class SessionPool:
         """Score the next frame of each of these sessions, in shared forwards; one may stand here several times.
 
         Raises:
-            UserError: a frame is no uint8 picture, a session was closed or is another pool's. Nothing was pushed then.
+            UserError: a frame is no uint8 picture, a session was closed or is another pool's. PoolFull: all sessions
+                are cold and the budget is used up. Nothing was pushed then.
         """
         with self._lock:
             counts: dict[int, int] = {}
@@ -290,6 +292,7 @@ class SessionPool:
                     raise UserError("this session belongs to another pool")
                 if not session._open:
                     raise UserError("this session was closed: open another")
+            self._check_room()
             shown = self._preprocessed([frame for _, _, frame, _ in requests])
             sessions = {id(session): session for session, *_ in requests}
             before = {key: session._state() for key, session in sessions.items()}
