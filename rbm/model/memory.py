@@ -105,6 +105,7 @@ class Recall:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
         """query (H, M, D), key and value (H', M, D) -> (H, M, D); keys and values are kept in the memories."""
         found = torch.empty_like(query)
+        groups = query.shape[0] // key.shape[0]
         begin = 0
         for run in self.runs:
             end, stop = begin + run.size, run.start + run.size
@@ -114,12 +115,16 @@ class Recall:
             options: dict[str, Any] = {"is_causal": True} if run.start == 0 else {}
             if run.start and run.size > 1:
                 options["attn_mask"] = self._mask(run.start, run.size, query.device)
+            keys, values = kept[0, None, :, :stop], kept[1, None, :, :stop]
+            if groups > 1 and query.is_cuda and ("attn_mask" in options or query.dtype == torch.float32):
+                # the kernel that knows groups of heads there takes 16 bits and no mask
+                keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
             found[:, begin:end] = F.scaled_dot_product_attention(
                 query[None, :, begin:end],
-                kept[0, None, :, :stop],
-                kept[1, None, :, :stop],
+                keys,
+                values,
                 scale=scale,
-                enable_gqa=query.shape[0] != key.shape[0],
+                enable_gqa=keys.shape[1] != query.shape[0],
                 **options,
             )[0]
             begin = end
