@@ -21,11 +21,21 @@ ALLOWED = {
     "rbm.sampling": BASE,
     "rbm.model": BASE,
     "rbm.scoring": BASE | {"rbm.model", "rbm.video", "rbm.output"},
+    "rbm.scoring.server": BASE | {"rbm.__version__", "rbm.config", "rbm.scoring", "rbm.video"},
     "rbm.training": BASE | {"rbm", "rbm.assets", "rbm.config", "rbm.corpus", "rbm.sampling", "rbm.model", "rbm.output"},
     "rbm.evaluation": BASE
     | {"rbm.assets", "rbm.config", "rbm.corpus", "rbm.model", "rbm.scoring", "rbm.output", "rbm.video"},
     "rbm.bench": BASE
-    | {"rbm.config", "rbm.corpus", "rbm.model", "rbm.sampling", "rbm.training", "rbm.output", "rbm.video"},
+    | {
+        "rbm.config",
+        "rbm.corpus",
+        "rbm.model",
+        "rbm.sampling",
+        "rbm.scoring",
+        "rbm.training",
+        "rbm.output",
+        "rbm.video",
+    },
     "dataset_builder": BASE | {"rbm.config", "rbm.corpus", "rbm.video"},
 }
 ENTRY_POINTS = {"rbm", "rbm.cli", "rbm.demo"}
@@ -34,6 +44,8 @@ ENTRY_POINTS = {"rbm", "rbm.cli", "rbm.demo"}
 
 def part_of(module: str) -> str:
     """`rbm.model.heads` belongs to the part `rbm.model`."""
+    if module.startswith("rbm.scoring.server"):
+        return "rbm.scoring.server"  # the one part of scoring that reads a configuration
     return module.split(".")[0] if module.startswith("dataset_builder") else ".".join(module.split(".")[:2])
 
 

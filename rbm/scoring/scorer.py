@@ -15,11 +15,11 @@ Letters in shapes: n frames of a clip, N clips, P pairs, U distinct frames, F fr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from itertools import combinations, islice
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from rbm.errors import UserError
 from rbm.frames import pick_frames
 from rbm.model import ClipBatch, RewardModel, RewardOutput
-from rbm.scoring.scores import ClipScores, Floats, Scores
+from rbm.scoring.scores import ClipScores, Floats, FrameScore, Scores
 from rbm.scoring.views import Clips, Footage, Recording, Video, check_views, clips_of
 from rbm.video import Frames, StoredClip
 
@@ -115,23 +115,50 @@ class Scorer:
         """
         if every is None:
             return self.score_batch([(video, task)])[0]
+        steps = self.score_gradually(video, task, every)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                return cast(Scores, done.value)
+
+    def score_gradually(self, video: Video, task: str, every: int) -> Generator[int, None, Scores]:
+        """`score` with `every`, a piece at a time: yields how many frames were looked at, returns the scores.
+
+        Raises:
+            UserError: as `score`.
+        """
+        from rbm.scoring.sessions import SessionPool, strides
+
         check_task(task)
         if every < 1:
             raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
         footage = Footage.of(video, self.views)
         last = len(footage.frame_index) - 1
         moments = np.array(sorted({*range(0, last + 1, every), last}))
-        scored = self._score_footage(footage, moments, task)
+        asked = np.zeros(last + 1, bool)
+        asked[moments] = True
+        looked_at = np.flatnonzero(asked | (np.arange(last + 1) % strides(last + 1, self.context_frames) == 0))
+        pool = SessionPool(self)
+        session = pool.open(task)
+        found: list[FrameScore] = []
+        for chunk in _chunks(zip(looked_at.tolist(), footage.stream(looked_at), strict=True), BATCH_FRAMES):
+            found += pool.push_at([(session, n, shown.get("", shown), bool(asked[n])) for n, shown in chunk])
+            yield len(chunk)
+        progress, spread, success = (
+            np.array([getattr(score, name) for score in found], np.float32)
+            for name in ("progress", "progress_std", "success")
+        )
         return Scores(
-            scored.progress,
-            scored.progress_std,
-            scored.success,
+            progress,
+            spread,
+            success,
             footage.frame_index[moments],
             footage.timestamp[moments],
             task,
             footage.fps,
             footage.n_frames,
-            scored.remaining,
+            np.array([score.remaining for score in found], np.float32) if self.model.remaining else None,
         )
 
     def stream(self, task: str) -> Session:
@@ -238,30 +265,6 @@ class Scorer:
         clips = clips_of(video, self.views)
         picked = pick_frames(len(_first(clips).frames), self.context_frames)
         return {name: _part(clip, picked) for name, clip in clips.items()}
-
-    def _score_footage(self, footage: Footage, moments: NDArray[np.int64], task: str) -> ClipScores:
-        """Scores of the frames `moments`, each as a live session says it that was given all frames before."""
-        from rbm.scoring.sessions import SessionPool, strides
-
-        pool = SessionPool(self)
-        session = pool.open(task)
-        last = int(moments[-1])
-        asked = np.zeros(last + 1, bool)
-        asked[moments] = True
-        stride = strides(last + 1, self.context_frames)
-        looked_at = np.flatnonzero(asked | (np.arange(last + 1) % stride == 0))
-        found = []
-        frames = zip(looked_at.tolist(), footage.stream(looked_at), strict=True)
-        for chunk in _chunks(frames, BATCH_FRAMES):
-            found += pool.push_at([(session, n, shown.get("", shown), bool(asked[n])) for n, shown in chunk])
-        progress, spread, success = (
-            np.array([getattr(score, name) for score in found], np.float32)
-            for name in ("progress", "progress_std", "success")
-        )
-        left = None
-        if self.model.remaining:
-            left = np.array([score.remaining for score in found], np.float32)
-        return ClipScores(progress, spread, success, float("nan"), left)
 
     def _batch(self, clips: Sequence[tuple[Shown, str]]) -> ClipBatch:
         tensors: dict[int, Tensor] = {}

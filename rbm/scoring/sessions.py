@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from torch import Tensor
 from rbm.errors import UserError
 from rbm.model import ClipBatch, FramePool
 from rbm.model.memory import Memory
+from rbm.scoring import wire
 from rbm.scoring.scorer import Scorer, check_task
 from rbm.scoring.scores import FrameScore
 from rbm.scoring.views import check_views
@@ -542,7 +542,7 @@ class SessionPool:
                 "context_frames": self.scorer.context_frames,
                 "frames": frames,
             }
-            return bytes(msgpack.packb(content))
+            return wire.pack(content)
 
 
 def _stride(stride: int, number: int, context_frames: int) -> int:
@@ -614,11 +614,11 @@ def _read_snapshot(snapshot: bytes, scorer: Scorer) -> tuple[str, int, list[tupl
     """Instruction, count and held frames (number, PNG a view) of a snapshot, all of it checked."""
     damaged = UserError("this is no snapshot of a session, or it is damaged")
     try:
-        content = msgpack.unpackb(snapshot)
+        content = wire.unpack(snapshot)
         version, task, count = content["snapshot"], content["task"], content["count"]
         frames = [(number, tuple(views)) for number, views in content["frames"]]
         context_frames = content["context_frames"]
-    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
+    except (UserError, ValueError, TypeError, KeyError) as error:
         raise damaged from error
     if version != SNAPSHOT:
         raise UserError(f"a snapshot of version {version!r}; this release reads version {SNAPSHOT}")

@@ -114,7 +114,8 @@ def test_one_array_under_many_instructions_is_encoded_once(scorer: Scorer, clip_
     scorer.predict([(frames, f"task {i}") for i in range(5)])
     scorer.score(clip_of(6, 64), TASK, every=1)
     hook.remove()
-    assert encoded == [4, 64]
+    assert encoded[0] == 4
+    assert sum(encoded[1:]) == 64  # in slices, on the CPU
 
 
 def test_score_batch_equals_score(scorer: Scorer, clip_of: Clips, video_path: Path) -> None:
