@@ -1,8 +1,9 @@
 # make demo   the whole loop on the bundled corpus: train, evaluate, score; ten minutes on two cores
-# make test   all tests
+# make test   all tests, two processes at a time (make test JOBS=8 TESTS=tests/model)
 # make check  ruff and mypy
 # make sim    what collecting with the simulator needs
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -36,7 +37,7 @@ demo: $(VENV)/.base
 	$(BIN)/rbm demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
