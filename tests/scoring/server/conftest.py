@@ -51,6 +51,7 @@ def siege(
             besieged.works()
             besieged.upload(mp4(jpeg(32, 24), 32, 24, 9)).raise_for_status()
             besieged.upload(npy(np.zeros((9, 600, 900, 3), np.uint8)), every="1").raise_for_status()
+            besieged.upload(mp4(jpeg(320, 240), 320, 240, 140), every="1").raise_for_status()  # the most there may be
             besieged.post("/evaluate_batch", json={"samples": []})
             with besieged.stream() as socket:
                 hello(socket)

@@ -139,7 +139,7 @@ def test_clients_that_vanish_in_an_upload(siege: Siege) -> None:
 
 
 def test_clients_that_vanish_before_their_answer(siege: Siege) -> None:
-    video = mp4(jpeg(320, 240), 320, 240, 250)  # takes a while with every frame
+    video = mp4(jpeg(320, 240), 320, 240, 140)  # takes a while with every frame
     form = httpx.Request("POST", "http://x", files={"video": video}, data={"task": TASK, "every": "1"})
     head = siege.head(content_type=form.headers["content-type"], content_length=form.headers["content-length"])
     with siege.unharmed():

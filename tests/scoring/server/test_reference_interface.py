@@ -85,6 +85,20 @@ def client(server: Running) -> Client:
     return Client(server.url)
 
 
+def same(answer: Any, expected: Any) -> None:
+    """Within rounding: what else is in a batch changes the last digits."""
+    if isinstance(answer, dict):
+        assert answer.keys() == expected.keys()
+        for key, value in answer.items():
+            same(value, expected[key])
+    elif isinstance(answer, list):
+        assert len(answer) == len(expected)
+        for value, other in zip(answer, expected, strict=True):
+            same(value, other)
+    else:
+        assert answer == (None if expected is None else pytest.approx(expected, abs=1e-5))
+
+
 Clips = Callable[..., np.ndarray]
 
 
@@ -141,7 +155,7 @@ def test_frame_steps_say_what_one_pass_says(client: Client, clip_of: Clips) -> N
     samples = [progress(clip_of(6, CONTEXT)), preference(clip_of(7, 3), clip_of(8, 5)), progress(clip_of(9, 1))]
     stepwise = client.post(samples, use_frame_steps="true")
     assert [len(values) for values in stepwise["outputs_progress"]["progress_pred"]] == [CONTEXT, 1]
-    assert stepwise == client.post(samples, use_frame_steps="false")
+    same(stepwise, client.post(samples, use_frame_steps="false"))
     for n in (1, 3, CONTEXT):
         prefix = client.post([progress(clip_of(6, CONTEXT)[:n])])["outputs_progress"]["progress_pred"][0]
         assert prefix[-1] == pytest.approx(stepwise["outputs_progress"]["progress_pred"][0][n - 1], abs=1e-5)
@@ -150,8 +164,9 @@ def test_frame_steps_say_what_one_pass_says(client: Client, clip_of: Clips) -> N
 def test_arrays_that_are_no_frames_are_not_looked_at(client: Client, clip_of: Clips) -> None:
     frames = clip_of(10, 3)
     vectors = {"lang_vector": np.ones(384, np.float32), "video_embeddings": np.ones((3, 768)), "text_embedding": None}
-    assert client.post([progress(frames, **vectors)]) == client.post([progress(frames)])
-    assert "sample_0_trajectory_frames" in client.files
+    with_vectors = client.post([progress(frames, **vectors)])
+    assert len(client.files) == 3
+    same(with_vectors, client.post([progress(frames)]))
 
 
 def test_many_samples_at_once(client: Client, clip_of: Clips) -> None:
@@ -172,7 +187,7 @@ def test_json_with_the_pixels_in_it(client: Client, server: Running, clip_of: Cl
         for body in ({"samples": plain}, {"x": plain}):
             answer = httpx.post(f"{server.url}/evaluate_batch", json=body | flag, timeout=60)
             assert answer.status_code == 200
-            assert answer.json() == expected
+            same(answer.json(), expected)
 
 
 def test_what_clients_ask_before_they_begin(server: Running) -> None:
