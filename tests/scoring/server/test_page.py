@@ -75,7 +75,8 @@ def said(scores: Scores, i: int) -> str:
 def test_a_video_is_scored_and_its_curve_runs_along_with_it(page: Page, own: Scorer, video_path: Path) -> None:
     page.until(lambda: page["#model"].text == "nano · looks at 6 frames · cpu", "the model's name")
     page.ask(TASK, a=video_path)
-    scores = own.score(video_path, TASK).dense()
+    looked_at = own.score(video_path, TASK)
+    scores = looked_at.dense()
     progress, success = drawn(page)
     np.testing.assert_allclose(progress, scores.progress, atol=0.01)
     np.testing.assert_allclose(success, scores.success, atol=0.01)
@@ -85,14 +86,14 @@ def test_a_video_is_scored_and_its_curve_runs_along_with_it(page: Page, own: Sco
     assert {f"progress {scores.progress[-1] * 100:.0f} %", "0 s", "5 s", "100 %"} <= {
         x.text for x in page.all(".chart text")
     }
-    done, ends_well = scores.done_at(), scores.success[-1] >= 0.5
+    done, ends_well = looked_at.done_at(), scores.success[-1] >= 0.5
     if done is None:
         assert page["#verdict"].text == ("Done at the very end" if ends_well else "Not done")
     else:
-        when = f"{scores.timestamp[done]:.2f} s"
+        when = f"{looked_at.timestamp[done]:.2f} s"
         assert page["#verdict"].text == (f"Done at {when}" if ends_well else "Done, then undone")
         assert f"done {when}" in {x.text for x in page.all(".chart text")}
-        assert f"at frame {done}, 3 of 5 frames" in page[".why p"].text
+        assert f"at frame {looked_at.frame_index[done]}, 3 of 5 frames looked at" in page[".why p"].text
     assert TASK in page[".why p"].text
     assert page["#verdict"].text in page["#status"].get_attribute("textContent")  # heard as well as seen
 
@@ -176,7 +177,7 @@ def test_recent_results_come_back(page: Page, video_path: Path, short: Path, tmp
     page[".below button"].click()
     saved = tmp_path / "short.scores.json"
     page.until(saved.exists, "a download")
-    assert len(json.loads(saved.read_text())["scores"][0]["progress"]) == 40
+    assert len(json.loads(saved.read_text())["scores"][0]["progress"]) == 6
 
 
 def test_files_may_be_dropped_anywhere(page: Page, video_path: Path, short: Path) -> None:
