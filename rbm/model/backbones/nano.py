@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from rbm.model.backbones.transformer import RowBackbone
 from rbm.model.layout import N_MARKERS
 
-
 ENCODE_FRAMES_CPU = 16
 """Frames that the encoder gets at once on the CPU while nothing is trained: what these take stays in the cache, a fifth
 less time than for 64."""
