@@ -19,7 +19,7 @@ from rbm.bench.measure import machine, medians, one_core
 from rbm.bench.training import FRAME, visual_tokens
 from rbm.frames import session_context
 from rbm.model import RewardModel
-from rbm.scoring import Scorer, Session, SessionPool
+from rbm.scoring import Scorer, SessionPool
 
 TASK = "put the yellow cup on the other cup"
 WARM_UP = 2
@@ -87,17 +87,8 @@ def _clip(scorer: Scorer, frames: NDArray[np.uint8], rounds: int) -> dict[str, A
     T = len(frames)
     session = scorer.stream(TASK)
     before = session.push_many(frames[:-1])
-    forks: list[Session] = []
-
-    def push(_: int) -> None:
-        forks[-1].push(frames[-1])
-
-    def prefixes(_: int) -> None:
-        for stop in range(1, T + 1):
-            scorer.predict([(frames[:stop], TASK)])
-
-    forks.append(session.fork())
-    said = [*before, forks[-1].push(frames[-1])]
+    with session.fork() as fork:
+        said = [*before, fork.push(frames[-1])]
     (whole,) = scorer.predict([(frames, TASK)])
     off = max(
         float(np.abs(np.array([getattr(score, name) for score in said]) - getattr(whole, name)).max())
@@ -106,27 +97,25 @@ def _clip(scorer: Scorer, frames: NDArray[np.uint8], rounds: int) -> dict[str, A
 
     def one(_: int) -> None:
         scorer.predict([(frames, TASK)])
+        now(scorer.device)
 
-    def sync(call: Any) -> Any:
-        def timed(number: int) -> None:
-            call(number)
-            now(scorer.device)
-
-        return timed
+    def prefixes(_: int) -> None:
+        for stop in range(1, T + 1):
+            scorer.predict([(frames[:stop], TASK)])
+        now(scorer.device)
 
     spent: list[float] = []
     forward: list[float] = []
     for number in range(rounds):
-        forks.append(session.fork())
+        with session.fork() as fork:
+            start = now(scorer.device)
+            fork.push(frames[-1])
+            spent.append(now(scorer.device) - start)
         start = now(scorer.device)
-        sync(push)(number)
-        spent.append(time.perf_counter() - start)
-        start = now(scorer.device)
-        sync(one)(number)
+        one(number)
         forward.append(time.perf_counter() - start)
-        forks.pop().close()
     push_seconds, forward_seconds = float(np.median(spent)), float(np.median(forward))
-    both = medians({"one_forward": sync(one), "a_forward_a_prefix": sync(prefixes)}, max(1, rounds // 3))
+    both = medians({"one_forward": one, "a_forward_a_prefix": prefixes}, max(1, rounds // 3))
     return {
         "frames": T,
         "difference": off,

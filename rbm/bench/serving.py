@@ -217,6 +217,7 @@ async def _many(
     await asyncio.gather(*(client(number) for number in range(clients)))
     seconds = time.perf_counter() - begin
     watching.cancel()
+    most = max(most, await asyncio.to_thread(server.metric, "rbm_session_bytes"))
     held = await asyncio.to_thread(server.metric, "rbm_sessions")
     evicted = await asyncio.to_thread(server.metric, "rbm_session_evictions")
     await asyncio.gather(*(socket.close() for socket in sockets))

@@ -115,7 +115,7 @@ def score_parts(job: Job, scorer: Scorer, parts: Iterable[int], tick: Tick) -> I
     looks = Looks(scorer.context_frames, job.every, scorer.views)
     with steady(scorer), ahead(_batches(job, looks, parts)) as batches:
         while (first := next(batches, None)) is not None:
-            part = _Part(first.part, tick)
+            part = _Part(first.part, scorer, tick)
             score = _moments if job.every is not None else _clips
             for attempt, said in score(scorer, part.blocks(first, batches), part.unreadable):
                 part.add(attempt, said)
@@ -156,8 +156,9 @@ def _batches(job: Job, looks: Looks, parts: Iterable[int]) -> Generator[_Batch, 
 class _Part:
     """A part that is being scored."""
 
-    def __init__(self, number: int, tick: Tick) -> None:
+    def __init__(self, number: int, scorer: Scorer, tick: Tick) -> None:
         self.number = number
+        self._scorer = scorer
         self.scored: list[Scored] = []
         self.unreadable: dict[int, Unreadable] = {}
         self._tick = tick
@@ -165,13 +166,24 @@ class _Part:
     def blocks(self, batch: _Batch, rest: Iterator[_Batch]) -> Iterator[tuple[Block, ...]]:
         """What is read of it, a batch at a time; `unreadable` is filled on the way."""
         while True:
+            before = len(self.unreadable)
             self.unreadable |= {found.number: found for found in batch.unreadable}
-            if batch.unreadable:
-                self._tick(len(batch.unreadable), 0)
-            yield batch.blocks
+            blocks = tuple(block for block in batch.blocks if self._takes(block.attempt))
+            if more := len(self.unreadable) - before:
+                self._tick(more, 0)
+            yield blocks
             if batch.last:
                 return
             batch = next(rest)
+
+    def _takes(self, attempt: Attempt) -> bool:
+        """Whether the model can read the instruction; else the attempt is left out."""
+        try:
+            self._scorer.check(attempt.task)
+        except UserError as error:
+            self.unreadable[attempt.number] = Unreadable(attempt.number, attempt.name, str(error))
+            return False
+        return True
 
     def add(self, attempt: Attempt, said: ClipScores) -> None:
         self.scored.append((attempt, said))

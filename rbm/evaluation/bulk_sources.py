@@ -20,10 +20,9 @@ from rbm.corpus import Corpus, CorruptPayload
 from rbm.corpus.ahead import in_order, threads_for
 from rbm.errors import UserError
 from rbm.evaluation.lerobot import LeRobotDataset
-from rbm.frames import pick_frames
-from rbm.scoring.scorer import Shown, check_task
+from rbm.frames import pick_frames, session_strides
+from rbm.scoring.scorer import Shown
 from rbm.scoring.scores import ClipScores, Scores
-from rbm.scoring.sessions import strides
 from rbm.trajectory import MAX_STORED_FRAMES
 from rbm.video import Frames
 
@@ -53,7 +52,7 @@ class Looks:
             return looked_at, np.ones(len(looked_at), bool)
         everywhere = np.arange(n)
         asked = (everywhere % self.every == 0) | (everywhere == n - 1)
-        looked_at = np.flatnonzero(asked | (everywhere % strides(n, self.context_frames) == 0))
+        looked_at = np.flatnonzero(asked | (everywhere % session_strides(n, self.context_frames) == 0))
         return looked_at, asked[looked_at]
 
 
@@ -269,7 +268,6 @@ class LeRobotSource:
 
     def _blocks(self, number: int, looks: Looks, cameras: Mapping[str, str]) -> Iterator[Block]:
         episode = self.dataset.episode(number)
-        check_task(episode.task)
         looked_at, asked = looks.at(len(episode))
         attempt = Attempt(
             number=number,

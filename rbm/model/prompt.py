@@ -132,8 +132,15 @@ ISOLATED = Prompt(
 PROMPTS = {"isolated": ISOLATED, "published": PUBLISHED, "published_with_progress": PUBLISHED_WITH_PROGRESS}
 
 
+def check_text(task: str) -> None:
+    """Raises UserError for an instruction that is no text: half of a surrogate pair has no bytes in UTF-8."""
+    if any("\ud800" <= sign <= "\udfff" for sign in task):
+        raise UserError(f"the instruction {task!r} is not valid text: give it in UTF-8")
+
+
 def check_instruction(task: str, special: frozenset[str]) -> None:
-    """Raises UserError for an instruction that contains a token with a meaning of its own."""
+    """Raises UserError for an instruction that contains a token with a meaning of its own, or is no text."""
+    check_text(task)
     for token in special:
         if token in task:
             raise UserError(f"the instruction contains {token!r}, which is a sign of the model's own: leave it out")

@@ -73,8 +73,6 @@ class Words:
     def check(self, task: str) -> None:
         """Raises UserError for an instruction with a special token in it: it would move every place behind it."""
         check_instruction(task, self._special)
-        if any("\ud800" <= sign <= "\udfff" for sign in task):
-            raise UserError(f"the instruction {task!r} is not valid text: give it in UTF-8")
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of a text, special tokens in it read as such: int64 (n,), read-only."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rbm.errors import UserError
-from rbm.frames import pick_frames
+from rbm.frames import pick_frames, session_strides
 from rbm.model import ClipBatch, RewardModel, RewardOutput
 from rbm.scoring.scores import ClipScores, Floats, FrameScore, Scores
 from rbm.scoring.views import Clips, Footage, Recording, Video, check_views, clips_of
@@ -98,6 +98,11 @@ class Scorer:
         """Names of the views that the model reads; empty: one, whichever it is given."""
         return self.model.backbone.views
 
+    def check(self, task: str) -> None:
+        """Raises UserError for an instruction without a word in it, or one that the model cannot read."""
+        check_task(task)
+        self.model.backbone.check_task(task)
+
     def score(self, video: Video, task: str, every: int | None = None) -> Scores:
         """Progress and success for frames of a video.
 
@@ -128,9 +133,9 @@ class Scorer:
         Raises:
             UserError: as `score`.
         """
-        from rbm.scoring.sessions import SessionPool, strides
+        from rbm.scoring.sessions import SessionPool
 
-        check_task(task)
+        self.check(task)
         if every < 1:
             raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
         footage = Footage.of(video, self.views)
@@ -138,7 +143,7 @@ class Scorer:
         moments = np.array(sorted({*range(0, last + 1, every), last}))
         asked = np.zeros(last + 1, bool)
         asked[moments] = True
-        looked_at = np.flatnonzero(asked | (np.arange(last + 1) % strides(last + 1, self.context_frames) == 0))
+        looked_at = np.flatnonzero(asked | (np.arange(last + 1) % session_strides(last + 1, self.context_frames) == 0))
         pool = SessionPool(self)
         session = pool.open(task)
         found: list[FrameScore] = []
@@ -178,7 +183,7 @@ class Scorer:
         results = []
         for chunk in _chunks(items, BATCH_SIZE):
             for _, task in chunk:
-                check_task(task)
+                self.check(task)
             clips = [self._context(video) for video, _ in chunk]
             predicted = self.predict([(_shown(clip), task) for clip, (_, task) in zip(clips, chunk, strict=True)])
             results += [
@@ -196,7 +201,7 @@ class Scorer:
 
         By utility in N forwards, where the model has one, else by the mean preference over all other videos.
         """
-        check_task(task)
+        self.check(task)
         if self.model.preference == "utility":
             clips = ((_shown(self._context(video)), task) for video in videos)
             worth = [scored.utility for chunk in _chunks(clips, BATCH_SIZE) for scored in self.predict(chunk)]
@@ -270,7 +275,7 @@ class Scorer:
         tensors: dict[int, Tensor] = {}
         views = [self._by_view(shown) for shown, _ in clips]
         for shown, (_, task) in zip(views, clips, strict=True):
-            check_task(task)
+            self.check(task)
             lengths = {len(frames) for frames in shown if frames is not None}
             if len(lengths) > 1:
                 raise UserError(f"the views of a clip must have the same number of frames, not {sorted(lengths)}")

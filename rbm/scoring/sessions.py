@@ -8,8 +8,6 @@
 3. A `SessionPool` advances many sessions in one forward. Over a budget of bytes the idlest sessions have their frames
    compressed first (PNG, without loss), then lose their keys and values (*warm*), then their features (*cold*); what
    they say afterwards is the same.
-
-Letters in shapes: h, w pixels as the model takes them.
 """
 
 from __future__ import annotations
@@ -18,91 +16,30 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from rbm.errors import UserError
+from rbm.frames import session_stride
 from rbm.model import ClipBatch, FramePool
 from rbm.model.memory import Memory
-from rbm.scoring import wire
-from rbm.scoring.scorer import Scorer, check_task
+from rbm.scoring.held import Held
+from rbm.scoring.scorer import Scorer
 from rbm.scoring.scores import FrameScore
+from rbm.scoring.snapshot import read_snapshot, write_snapshot
 from rbm.scoring.views import check_views
 from rbm.video import Frames, stored_frames
 
 Frame = Frames | Mapping[str, Frames]
 """uint8 (H, W, 3), RGB, any size; or one of each of several views, by name."""
 
-MOST_PIXELS = 4096 * 4096
-"""Of a frame in a snapshot."""
-
-SNAPSHOT = 1
-"""Version of the snapshots' format."""
-
 
 class PoolFull(UserError):
     """Another session does not fit into the pool's budget."""
-
-
-def strides(count: int, context_frames: int) -> NDArray[np.int64]:
-    """The stride at which a session holds frames when it scores frame t, for t < count (`session_context`)."""
-    found, stride = np.ones(count, np.int64), 1
-    for t in range(count):
-        stride = found[t] = _stride(stride, t, context_frames)
-    return found
-
-
-class _Held:
-    """A frame that was pushed: its pixels as the model takes them, and their features, for each view."""
-
-    __slots__ = ("bytes", "features", "number", "packed", "pixels")
-
-    def __init__(self, number: int, pixels: tuple[Tensor | None, ...] | None = None) -> None:
-        self.number = number
-        self.bytes = 0  # what `own` or `pack` has counted
-        self.pixels = pixels  # uint8 (1, h, w, 3) a view
-        self.features: tuple[Tensor | None, ...] | None = None  # (1, levels, rows, columns, d) a view
-        self.packed: tuple[bytes | None, ...] | None = None  # PNG a view, so that pixels need not be kept
-
-    def own(self) -> None:
-        """Give up the batch that this frame came in, which would stay in memory with it; count what is kept."""
-        self.pixels, self.features = _owned(self.pixels), _owned(self.features)
-        kept = [x for part in (self.pixels, self.features) if part for x in part if x is not None]
-        self.bytes = sum(x.numel() * x.element_size() for x in kept) + sum(len(png or b"") for png in self.packed or ())
-
-    def png(self) -> tuple[bytes | None, ...]:
-        if self.packed is not None:
-            return self.packed
-        assert self.pixels is not None
-        return tuple(None if x is None else _png(x[0].numpy()) for x in self.pixels)
-
-    def pack(self) -> None:
-        """Keep PNGs instead of pixels."""
-        self.packed, self.pixels = self.png(), None
-        self.own()
-
-    def forget(self) -> None:
-        """Keep no features."""
-        self.features = None
-        self.own()
-
-    def copy(self) -> _Held:
-        """The same tensors, in a frame that may lose them by itself."""
-        copy = _Held(self.number, self.pixels)
-        copy.features, copy.packed, copy.bytes = self.features, self.packed, self.bytes
-        return copy
-
-    def unpack(self) -> None:
-        if self.pixels is None:
-            assert self.packed is not None
-            self.pixels = tuple(None if png is None else torch.from_numpy(_pixels(png))[None] for png in self.packed)
-            self.bytes = 0
 
 
 class Session:
@@ -124,7 +61,7 @@ class Session:
         self.count = 0
         self.context: NDArray[np.int64] = np.zeros(0, np.int64)
         self._stride = 1
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._read = 0
         """How many of the held frames the memory holds."""
         self._memory = Memory(self.pool.scorer.context_frames)
@@ -147,6 +84,8 @@ class Session:
 
     def fork(self) -> Session:
         """Another session that has seen the same and goes its own way, to look ahead from here.
+
+        The pool keeps it, and counts what both hold twice, until it is closed.
 
         Raises:
             PoolFull: it does not fit.
@@ -173,9 +112,9 @@ class Session:
 
     # the plan of a push; the pool does the work
 
-    def _plan(self, held: _Held, keep: bool) -> tuple[Memory, int, list[_Held]]:
+    def _plan(self, held: Held, keep: bool) -> tuple[Memory, int, list[Held]]:
         """What the next forward reads of this session: behind which memory, how many of its steps, which frames."""
-        stride = _stride(self._stride, held.number, self.pool.scorer.context_frames)
+        stride = session_stride(held.number, self.pool.scorer.context_frames, self._stride)
         if stride != self._stride:
             self._stride = stride
             self._held = [old for old in self._held if old.number % stride == 0]
@@ -208,7 +147,7 @@ class Session:
 class _Run:
     memory: Memory
     kept: int
-    steps: list[_Held]
+    steps: list[Held]
     task: str
     answers: bool
 
@@ -255,9 +194,10 @@ class SessionPool:
         """A new session.
 
         Raises:
-            UserError: the instruction is empty. PoolFull: all sessions are cold and the budget is used up.
+            UserError: the instruction is empty, or the model cannot read it. PoolFull: all sessions are cold and the
+                budget is used up.
         """
-        check_task(task)
+        self.scorer.check(task)
         with self._lock:
             self._check_room()
             session = Session(self, task)
@@ -314,13 +254,13 @@ class SessionPool:
         Raises:
             UserError: it is no snapshot, or of a model that takes other frames. PoolFull: it does not fit.
         """
-        task, count, frames = _read_snapshot(snapshot, self.scorer)
+        task, count, frames = read_snapshot(snapshot, self.scorer)
         with self._lock:
             session = self.open(task)
             session.count = count
-            session._stride = _stride(1, max(0, count - 1), self.scorer.context_frames)
+            session._stride = session_stride(max(0, count - 1), self.scorer.context_frames)
             for number, views in frames:
-                held = _Held(number)
+                held = Held(number)
                 held.packed = views
                 session._held.append(held)
             session.context = np.array(
@@ -361,19 +301,25 @@ class SessionPool:
     def _advance(
         self, requests: Sequence[tuple[Session, int, Frame, bool]], shown: Sequence[tuple[Tensor | None, ...]]
     ) -> list[FrameScore]:
-        runs = []
+        scores: list[FrameScore] = []
+        runs: list[_Run] = []
+        taken = 0
         for (session, number, _, answers), pixels in zip(requests, shown, strict=True):
             if number < session.count:
                 raise ValueError(f"frame {number} of a session that has had {session.count}")
-            stride = _stride(session._stride, number, self.scorer.context_frames)
+            stride = session_stride(number, self.scorer.context_frames, session._stride)
             keep = number % stride == 0
             if -(-session.count // stride) * stride < number:
                 raise ValueError(f"a frame before frame {number} is on the stride and was not pushed")
-            runs.append(_Run(*session._plan(_Held(number, pixels), keep), session.task, answers))
-        self._encode([held for run in runs for held in run.steps])
-        return self._read(runs)
+            places = sum(self.scorer.model.backbone.places(*x.shape[1:3]) for x in pixels if x is not None)
+            if runs and taken + places > self.scorer.forward_places:
+                scores += self._read(runs)  # here, so that features of no more frames are held at once
+                runs, taken = [], 0
+            runs.append(_Run(*session._plan(Held(number, pixels), keep), session.task, answers))
+            taken += places
+        return scores + self._read(runs)
 
-    def _encode(self, frames: Sequence[_Held]) -> None:
+    def _encode(self, frames: Sequence[Held]) -> None:
         """Features of frames that have none, in batches of one size."""
         new = list({id(held): held for held in frames if held.features is None}.values())
         pool = FramePool()
@@ -396,12 +342,13 @@ class SessionPool:
 
     def _read(self, runs: Sequence[_Run]) -> list[FrameScore]:
         """Work the runs off in their order, as many in a forward as `Scorer.forward_places` allows."""
+        self._encode([held for run in runs for held in run.steps])
         scores: list[FrameScore] = []
         waiting: list[_Run] = []
         taken = 0
         for run in runs:
             for part in self._parts(run):
-                places = sum(_places(held) for held in part.steps)
+                places = sum(held.places for held in part.steps)
                 if waiting and taken + places > self.scorer.forward_places:
                     scores += self._forward(waiting)
                     waiting, taken = [], 0
@@ -413,7 +360,7 @@ class SessionPool:
         """A run that is too long for one forward in several that follow one another."""
         start, taken = 0, 0
         for stop, held in enumerate(run.steps):
-            places = _places(held)
+            places = held.places
             if stop > start and taken + places > self.scorer.forward_places:
                 yield _Run(run.memory, run.kept + start, run.steps[start:stop], run.task, False)
                 start, taken = stop, 0
@@ -488,7 +435,8 @@ class SessionPool:
                 session._bytes = weight
 
     def _check_room(self) -> None:
-        if self.budget_bytes is not None and self.bytes >= self.budget_bytes:
+        self._shrink()  # the budget may have become smaller
+        if self.budget_bytes is not None and self.bytes > self.budget_bytes:
             raise PoolFull(
                 f"{len(self)} sessions take up the {self.budget_bytes} bytes that there are: close some first"
             )
@@ -509,7 +457,7 @@ class SessionPool:
 
     def _reset(self, session: Session, task: str | None) -> None:
         if task is not None:
-            check_task(task)
+            self.scorer.check(task)
         with self._lock:
             if not session._open:
                 raise UserError("this session was closed: open another")
@@ -526,6 +474,8 @@ class SessionPool:
             copy.count, copy.context, copy._stride = session.count, session.context, session._stride
             copy._held, copy._read = [held.copy() for held in session._held], session._read
             copy._memory = session._memory.fork()
+            if id(session) in self._raw:
+                self._raw[id(copy)] = copy
             self._settle(copy)
             self._shrink()
             return copy
@@ -534,22 +484,7 @@ class SessionPool:
         with self._lock:
             if not session._open:
                 raise UserError("this session was closed: open another")
-            frames = [[held.number, list(held.png())] for held in session._held]
-            content = {
-                "snapshot": SNAPSHOT,
-                "task": session.task,
-                "count": session.count,
-                "context_frames": self.scorer.context_frames,
-                "frames": frames,
-            }
-            return wire.pack(content)
-
-
-def _stride(stride: int, number: int, context_frames: int) -> int:
-    """The stride at which frame `number` is scored, by a session that stood at `stride`."""
-    while -(-number // stride) + 1 > context_frames:
-        stride *= 2
-    return stride
+            return write_snapshot(session.task, session.count, self.scorer.context_frames, session._held)
 
 
 def _lose_pixels(session: Session) -> None:
@@ -567,81 +502,9 @@ def _lose_features(session: Session) -> None:
         held.forget()
 
 
-def _places(held: _Held) -> int:
-    """Places that a frame takes in a sequence, words around it not counted."""
-    return sum(x.shape[2] * x.shape[3] for x in held.features or () if x is not None)
-
-
-def _owned(tensors: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...] | None:
-    if tensors is None:
-        return None
-    return tuple(
-        x if x is None or x.numel() * x.element_size() == x.untyped_storage().nbytes() else x.clone() for x in tensors
-    )
-
-
 def _check_picture(picture: Frames) -> None:
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3:
         found = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise UserError(f"a frame is {found}; give uint8 (H, W, 3), 0 to 255")
     if picture.shape[2] not in (1, 3, 4) or 0 in picture.shape:
         raise UserError(f"a frame has shape {picture.shape}; give (H, W, 3)")
-
-
-def _png(pixels: Frames) -> bytes:
-    """A picture without loss: uint8 (h, w, 3)."""
-    written = BytesIO()
-    Image.fromarray(pixels).save(written, "PNG", compress_level=1)
-    return written.getvalue()
-
-
-def _pixels(png: bytes) -> Frames:
-    """What `_png` wrote.
-
-    Raises:
-        UserError: something else, or a picture of more than `MOST_PIXELS`.
-    """
-    try:
-        with Image.open(BytesIO(png), formats=["PNG"]) as picture:
-            if picture.mode != "RGB" or picture.width * picture.height > MOST_PIXELS:
-                raise UserError("a frame of the snapshot is no picture that a session can hold")
-            return np.array(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError("a frame of the snapshot cannot be read: it is damaged") from error
-
-
-def _read_snapshot(snapshot: bytes, scorer: Scorer) -> tuple[str, int, list[tuple[int, tuple[bytes | None, ...]]]]:
-    """Instruction, count and held frames (number, PNG a view) of a snapshot, all of it checked."""
-    damaged = UserError("this is no snapshot of a session, or it is damaged")
-    try:
-        content = wire.unpack(snapshot)
-        version, task, count = content["snapshot"], content["task"], content["count"]
-        frames = [(number, tuple(views)) for number, views in content["frames"]]
-        context_frames = content["context_frames"]
-    except (UserError, ValueError, TypeError, KeyError) as error:
-        raise damaged from error
-    if version != SNAPSHOT:
-        raise UserError(f"a snapshot of version {version!r}; this release reads version {SNAPSHOT}")
-    if context_frames != scorer.context_frames:
-        raise UserError(
-            f"a snapshot of a model that reads {context_frames} frames; this one reads {scorer.context_frames}"
-        )
-    if not (isinstance(task, str) and isinstance(count, int) and 0 <= count < 2**40):
-        raise damaged
-    check_task(task)
-    stride = _stride(1, max(0, count - 1), context_frames)
-    if [number for number, _ in frames] != list(range(0, count, stride)):
-        raise damaged
-    for _, views in frames:
-        pictures = [png for png in views if png is not None]
-        if (
-            not pictures
-            or len(views) > max(1, len(scorer.views))
-            or not all(isinstance(png, bytes) for png in pictures)
-        ):
-            raise damaged
-        for png in pictures:
-            pixels = _pixels(png)
-            if scorer.model.preprocess(pixels[None]).shape[1:] != pixels.shape:
-                raise UserError("a snapshot of a model that takes frames of another size")
-    return task, count, frames

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_vlm
 import torch
 from click.testing import CliRunner, Result
 from lerobot_dataset import CAMERAS, EPISODES, Filmed, write_lerobot
@@ -322,6 +323,22 @@ def test_a_damaged_trajectory_is_named_left_out_and_tried_again_on_demand(
     again = score(tmp_path / "corpus", out, tiny_checkpoint, retry=True)
     assert (again.kept_parts, again.unreadable, again.trajectories) == (4, (), 48)
     np.testing.assert_array_equal(rows(out)["progress"], rows(whole)["progress"])
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_an_instruction_that_the_model_cannot_read_leaves_a_gap(every: int | None, tmp_path: Path) -> None:
+    tasks = ["push the dot", "push <|vision_start|> the dot", "push the dot"]
+    with CorpusWriter(tmp_path / "corpus", codec="jpeg") as writer:
+        writer.add_source("dot")
+        for number, task in enumerate(tasks):
+            record, frames = moving_dot.attempt(moving_dot.TASKS[0].text, Quality.FAILURE, number)
+            writer.add(replace(record, task=task), {"main": frames})
+    tiny_vlm.qwen3_model().save_pretrained(str(tmp_path / "model"))
+    outcome = score(tmp_path / "corpus", tmp_path / "out", tmp_path / "model", every=every)
+    assert outcome.trajectories == 2
+    ((_, why),) = outcome.unreadable
+    assert "<|vision_start|>" in why
+    assert set(rows(tmp_path / "out")["row"].to_pylist()) == {0, 2}
 
 
 def test_where_nothing_can_be_read_it_fails(dot_corpus: Corpus, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sessions: every push is one full forward over `session.context`, whatever happened before it."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbm.errors import UserError
-from rbm.frames import session_context
-from rbm.model import RewardModel
+from rbm.frames import session_context, session_strides
+from rbm.model import ClipBatch, FramePool, RewardModel
+from rbm.model.adapter import add_lora
 from rbm.model.backbones import NanoBackbone
+from rbm.model.prompt import PUBLISHED
 from rbm.scoring import Scorer, Session, SessionPool
-from rbm.scoring.sessions import PoolFull, strides
+from rbm.scoring import scorer as scoring
+from rbm.scoring.sessions import PoolFull
 
 TASK = "push the square to the right"
 CONTEXT = 6
@@ -24,6 +28,8 @@ MODELS = (
     "qwen3_vl",
     "qwen3_vl in bfloat16",
     "published",
+    "pooled",
+    "lora",
     "qwen2_5_vl",
     "smolvlm",
     "rewind",
@@ -47,6 +53,15 @@ def model_of(kind: str) -> RewardModel:
     if name == "nano":
         backbone = NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2, words=64)
         model = RewardModel(backbone, CONTEXT, remaining=True)
+    elif name == "pooled":
+        prompt = replace(PUBLISHED, frame="")
+        options = {"pair": "causal", "preference": "joint"}
+        model = tiny_vlm.qwen3_model(backbone={"prompt": prompt, "pooling": "attention"}, **options)
+    elif name == "lora":
+        model = tiny_vlm.qwen3_model()
+        add_lora(model, r=4)
+        for weight in (weight for name, weight in model.named_parameters() if ".lora_B." in name):
+            torch.nn.init.normal_(weight, std=0.1)
     elif name == "published":
         model = tiny_vlm.qwen3_model(backbone={"prompt": "published"}, pair="causal", preference="joint")
     else:
@@ -120,8 +135,6 @@ def test_frames_that_change_their_size_in_the_middle(scorer, clip_of):
     pictures = [clip_of(seed, 1, 40 + 13 * (seed % 3), 56 + 30 * (seed % 2))[0] for seed in range(20)]
     said = scorer.stream(TASK).push_many(pictures)
     tensors = [scorer.model.preprocess(picture[None]) for picture in pictures]
-    from rbm.model import ClipBatch, FramePool
-
     for t in (0, 5, 6, 13, 19):
         pool = FramePool()
         ids = [pool.add(i, tensors[i]) for i in session_context(t, CONTEXT)]
@@ -130,6 +143,43 @@ def test_frames_that_change_their_size_in_the_middle(scorer, clip_of):
         with torch.inference_mode():
             progress = scorer.model.decode(scorer.model(batch))[0][-1]
         assert said[t].progress == pytest.approx(float(progress), abs=1e-4)
+
+
+VIEWS = ("near", "wrist", "far")
+SEEING = {
+    "nano": lambda: RewardModel(NanoBackbone(image_size=32, width=8, hidden=32, layers=2, heads=2, views=VIEWS), 5),
+    "names": lambda: tiny_vlm.qwen3_model(context_frames=5, backbone={"views": VIEWS}),
+    "embedding": lambda: tiny_vlm.qwen3_model(context_frames=5, backbone={"views": VIEWS, "view_tags": "embedding"}),
+}
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_views_that_come_and_go(kind, clip_of):
+    torch.manual_seed(0)
+    model = louder(SEEING[kind]())
+    if kind == "embedding":
+        torch.nn.init.normal_(model.backbone.view_embedding.weight)
+    scorer = Scorer(model, "cpu")
+    films = {name: clip_of(seed, 16) for seed, name in enumerate(VIEWS)}
+    there = [[name for view, name in enumerate(VIEWS) if (3 * t) % 7 + 1 >> view & 1] for t in range(16)]
+    session = scorer.stream(TASK)
+    said = session.push_many([{name: films[name][t] for name in names} for t, names in enumerate(there)])
+    tensors = {name: scorer.model.preprocess(film) for name, film in films.items()}
+    for t in range(16):
+        context = session_context(t, 5)
+        pool = FramePool()
+        ids = [
+            [pool.add((name, i), tensors[name][i : i + 1]) if name in there[i] else -1 for name in VIEWS]
+            for i in context.tolist()
+        ]
+        groups, renumber = pool.groups()
+        batch = ClipBatch(groups, renumber(torch.tensor(ids)), torch.tensor([len(ids)]), (TASK,))
+        with torch.inference_mode():
+            progress = scorer.model.decode(scorer.model(batch))[0][-1]
+        assert said[t].progress == pytest.approx(float(progress), abs=1e-4)
+    restored = SessionPool(scorer).restore(session.snapshot())
+    last = {"wrist": films["near"][3]}
+    assert restored.push(last).progress == pytest.approx(session.push(last).progress, abs=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
@@ -204,6 +254,52 @@ def test_a_full_pool_takes_no_frames_until_a_session_is_closed(scorer, frames):
         pool.restore(snapshot)
     first.close()
     np.testing.assert_allclose(numbers([second.push(frames[0])]), full(scorer, frames[:1]), atol=1e-4)
+
+
+def test_a_budget_may_be_used_up_exactly_or_become_smaller(scorer, frames):
+    pool = SessionPool(scorer)
+    first, second = pool.open(TASK), pool.open(TASK)
+    first.push_many(frames[:5])
+    pool.budget_bytes = pool.bytes
+    expected = full(scorer, frames[:6])
+    np.testing.assert_allclose(numbers(second.push_many(frames[:5])), expected[:5], atol=1e-4)
+    assert pool.bytes <= pool.budget_bytes
+    pool.budget_bytes = pool.bytes - 1
+    np.testing.assert_allclose(numbers([first.push(frames[5])]), expected[5:], atol=1e-4)
+    assert pool.bytes <= pool.budget_bytes
+
+
+def test_a_fork_shrinks_as_far_as_any_session(scorer, frames):
+    pool = SessionPool(scorer)
+    session = pool.open(TASK)
+    session.push_many(frames[:6])
+    forks = [session.fork(), session.fork()]
+    pool.budget_bytes = 1
+    with pytest.raises(PoolFull):
+        pool.open(TASK)
+    smallest = pool.bytes
+    for fork in forks:
+        fork.close()
+    assert smallest == 3 * pool.bytes
+    assert all(held.pixels is None and held.features is None for held in session._held)
+
+
+def test_features_of_a_long_episode_are_not_held_all_at_once(scorers, frames, monkeypatch):
+    scorer = Scorer(scorers["qwen3_vl"].model, "cpu")
+    encoded: list[int] = []
+    real = scorer.model.backbone.encode
+
+    def encode(shown):
+        encoded.append(len(shown))
+        return real(shown)
+
+    monkeypatch.setattr(scorer.model.backbone, "encode", encode)
+    places = scorer.model.backbone.places(*frames.shape[1:3])
+    monkeypatch.setattr(scoring, "FORWARD_PLACES_CPU", 8 * places)
+    said = numbers(scorer.stream(TASK).push_many(frames))
+    assert encoded == [8] * 5
+    monkeypatch.undo()
+    np.testing.assert_allclose(said, full(scorer, frames), atol=1e-4)
 
 
 def test_memory_is_bounded(scorer, frames):
@@ -303,7 +399,7 @@ def test_a_push_that_fails_changes_nothing(scorers, frames, monkeypatch):
 
 @pytest.mark.parametrize("context", [2, 3, 6, 16])
 def test_strides_are_those_of_session_contexts(context):
-    for t, stride in enumerate(strides(200, context).tolist()):
+    for t, stride in enumerate(session_strides(200, context).tolist()):
         held = session_context(t, context)
         assert set(range(0, t + 1, stride)) | {t} == set(held.tolist())
 
@@ -346,6 +442,18 @@ def test_bad_calls_are_refused(scorers, frames):
             call()
     with pytest.raises(UserError, match="budget"):
         SessionPool(scorer, budget_bytes=0)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("nano", "open \ud800"), ("qwen3_vl", "open <|vision_start|>")])
+def test_an_instruction_that_the_model_cannot_read_opens_no_session(scorers, kind, task):
+    pool = SessionPool(scorers[kind])
+    with pytest.raises(UserError, match="instruction"):
+        pool.open(task)
+    assert len(pool) == 0
+    session = pool.open(TASK)
+    with pytest.raises(UserError, match="instruction"):
+        session.reset(task)
+    assert session.task == TASK
 
 
 @settings(max_examples=80, deadline=None)

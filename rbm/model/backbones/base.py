@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rbm.model.batch import ClipBatch
 from rbm.model.memory import Memory
+from rbm.model.prompt import check_text
 
 Preprocessor = Callable[[NDArray[np.uint8]], Tensor]
 """uint8 (T, H, W, 3) of any size -> uint8 (T, h, w, 3) as the model takes it. Holds no weights and can be pickled,
@@ -86,6 +87,10 @@ class Backbone(nn.Module, ABC):
     def places(self, height: int, width: int) -> int:
         """Places of a sequence that a frame of this size takes, before preprocessing."""
         return 1
+
+    def check_task(self, task: str) -> None:
+        """Raises UserError for an instruction that the model cannot read."""
+        check_text(task)
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Tensor:

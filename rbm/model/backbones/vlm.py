@@ -163,6 +163,9 @@ class VisionLanguageBackbone(Backbone):
         height, width = self._resize.size(height, width)
         return (height // self.unit) * (width // self.unit)
 
+    def check_task(self, task: str) -> None:
+        self.words.check(task)
+
     def _tagged(self, prompt: Prompt) -> Prompt:
         """The prompt, which must name the views where text tells them apart; the default one is made to.
 
@@ -356,9 +359,9 @@ class VisionLanguageBackbone(Backbone):
         Raises:
             UserError: an instruction with a special token in it, or a sequence longer than the model reads.
         """
-        prompt, words = self.prompt, self.words
+        prompt = self.prompt
         for task in set(batch.tasks):
-            words.check(task)
+            self.check_task(task)
         check_views(batch, self.views)
         writer = _Writer(self, batch)
         used = check_pairs(mode, pairs, len(batch.tasks)) if mode in (PairMode.JOINT, PairMode.CAUSAL) else []
@@ -390,7 +393,7 @@ class VisionLanguageBackbone(Backbone):
     def _pack_behind(self, batch: ClipBatch, behind: Sequence[tuple[Memory, int]]) -> Pack:
         """Steps behind what memories hold: as in `pack`, word for word and position for position."""
         for task in set(batch.tasks):
-            self.words.check(task)
+            self.check_task(task)
         check_views(batch, self.views)
         if not self._steps_stand_alone:
             raise UserError("this model's prompt joins the words of neighbouring steps: it cannot score step by step")
