@@ -125,7 +125,6 @@ def test_arrays_are_aligned_and_read_only():
         np.datetime64("2020-01-01"),
         1j,
     ],
-    ids=repr,
 )
 def test_what_cannot_be_sent_is_refused_with_a_sentence(value):
     with pytest.raises(UserError, match="cannot send"):
