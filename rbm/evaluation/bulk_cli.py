@@ -92,10 +92,13 @@ def score_corpus(
     if outcome.unreadable:
         _say(f"{len(outcome.unreadable)} could not be read, of {len(source)}; --retry tries them again")
     kept = f", {outcome.kept_parts} of {outcome.parts} parts were there already" if outcome.kept_parts else ""
-    _say(
-        f"{outcome.trajectories} scored, {outcome.frames} frames, in {outcome.seconds:.1f} s "
-        f"({facts['trajectories_per_second']:g} trajectories, {facts['frames_per_second']:g} frames a second{kept})"
-    )
+    if outcome.kept_parts == outcome.parts:
+        _say(f"{outcome.trajectories} scored, {outcome.frames} frames: all of it was there already")
+    else:
+        _say(
+            f"{outcome.trajectories} scored, {outcome.frames} frames, in {outcome.seconds:.1f} s "
+            f"({facts['trajectories_per_second']:g} trajectories, {facts['frames_per_second']:g} frames a second{kept})"
+        )
     if as_json:
         click.echo(json.dumps({"folder": str(job.folder.path), **facts}, indent=2, ensure_ascii=False))
     else:

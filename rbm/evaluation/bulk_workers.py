@@ -7,6 +7,7 @@ what came of them. Ctrl-C reaches the coordinator alone. A worker whose coordina
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -132,4 +133,7 @@ def _work(connection: Connection, job: Job, number: int) -> None:
 
 
 def _end(signal_number: int, frame: object) -> None:
+    # it may come in the middle of an import or of a finaliser, which would complain; nobody asks any more
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     raise SystemExit(128 + signal_number)  # so that half-written files go

@@ -41,7 +41,11 @@ _json = click.option("--json", "json_path", metavar="FILE", help="Write everythi
 @_json
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw curves above a strip of frames (.png, .pdf, .svg).")
 @click.option("--video", "video_path", metavar="FILE", help="Write the video with its scores drawn in (.mp4).")
-@click.option("--every", type=int, help="Score every k-th frame of the video; without it, 64 spread evenly over it.")
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    help="Score every k-th frame of the video, and the last; without it, 64 spread evenly over it.",
+)
 @click.option("--dense", is_flag=True, help="Say a score for every frame, those in between on the line between two.")
 @click.option("--vote", default="3/5", show_default=True, metavar="K/N", help="Done: K of the last N scored frames.")
 @click.option(
@@ -51,7 +55,7 @@ _json = click.option("--json", "json_path", metavar="FILE", help="Write everythi
     multiple=True,
     help="Another view of the same attempt, for models that read several; VIDEO is the first. Repeatable.",
 )
-@click.option("--rows", type=int, default=20, show_default=True, help="Rows of the table.")
+@click.option("--rows", type=click.IntRange(min=2), default=20, show_default=True, help="Rows of the table.")
 @_device
 @_dtype
 def score(
