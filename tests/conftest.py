@@ -1,5 +1,7 @@
 """Shared fixtures: a tiny real corpus, a tiny real model."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from rbm.model import RewardModel
 from rbm.model.backbones import NanoBackbone
 
 torch.set_num_threads(1)
+
+if threading.current_thread() is threading.main_thread():
+    # a shell starts what runs in its background deaf to Ctrl-C, and what tests start would be so too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -425,6 +426,7 @@ def _progress(stopped: str) -> Iterator[Progress | None]:
         # Icechunk makes an error of its own of Ctrl-C, which may come as the reason in a sentence of ours
         if isinstance(error, UserError) and "KeyboardInterrupt" not in str(error):
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Icechunk and Python may both raise for one Ctrl-C
         click.echo(stopped, err=True)
         sys.exit(130)
 
