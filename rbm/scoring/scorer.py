@@ -137,7 +137,7 @@ class Scorer:
 
         self.check(task)
         if every < 1:
-            raise UserError(f"every is {every}; give 1 for every stored frame, 2 for every second, …")
+            raise UserError(f"every is {every}; give 1 for every frame, 2 for every second, …")
         footage = Footage.of(video, self.views)
         last = len(footage.frame_index) - 1
         moments = np.array(sorted({*range(0, last + 1, every), last}))
@@ -187,7 +187,7 @@ class Scorer:
             clips = [self._context(video) for video, _ in chunk]
             predicted = self.predict([(_shown(clip), task) for clip, (_, task) in zip(clips, chunk, strict=True)])
             results += [
-                _scores(_first(clip), scored, task)
+                scores_of(_first(clip), scored, task)
                 for clip, scored, (_, task) in zip(clips, predicted, chunk, strict=True)
             ]
         return results
@@ -209,11 +209,8 @@ class Scorer:
             frames = [_shown(self._context(video)) for video in videos]
             pairs = list(combinations(range(len(frames)), 2))
             better = self.prefer([(frames[a], frames[b], task) for a, b in pairs])
-            worth = [0.0] * len(frames)
-            for (a, b), p in zip(pairs, better.tolist(), strict=True):
-                worth[a] += p
-                worth[b] += 1 - p
-        return sorted(range(len(worth)), key=lambda i: -worth[i])
+            worth = worth_of_pairs(len(frames), pairs, better.tolist())
+        return best_first(worth)
 
     def predict(self, clips: Sequence[tuple[Shown, str]], batch_size: int = BATCH_SIZE) -> list[ClipScores]:
         """Scores of clips (uint8 (n, H, W, 3), instruction) that are read as they are, n <= context_frames.
@@ -348,7 +345,8 @@ def _part(clip: StoredClip, picked: NDArray[np.int64]) -> StoredClip:
     )
 
 
-def _scores(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
+def scores_of(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
+    """What the model said of a clip, with the times at which its frames stand in the video."""
     return Scores(
         scored.progress,
         scored.progress_std,
@@ -360,6 +358,20 @@ def _scores(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
         clip.n_frames,
         scored.remaining,
     )
+
+
+def worth_of_pairs(count: int, pairs: Sequence[tuple[int, int]], better: Sequence[float]) -> list[float]:
+    """For each of `count` clips the sum of its preferences over others; `better` are P(first is better) of `pairs`."""
+    worth = [0.0] * count
+    for (a, b), p in zip(pairs, better, strict=True):
+        worth[a] += p
+        worth[b] += 1 - p
+    return worth
+
+
+def best_first(worth: Sequence[float]) -> list[int]:
+    """Positions, the largest worth first; equals keep their order."""
+    return sorted(range(len(worth)), key=lambda i: -worth[i])
 
 
 def check_task(task: str) -> None:

@@ -128,6 +128,10 @@ class Session:
         self.count = held.number + 1
         return run
 
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UserError("this session was closed: open another")
+
     def _state(self) -> tuple[Any, ...]:
         return self.count, self.context, self._stride, list(self._held)
 
@@ -230,8 +234,7 @@ class SessionPool:
             for session, *_ in requests:
                 if session.pool is not self:
                     raise UserError("this session belongs to another pool")
-                if not session._open:
-                    raise UserError("this session was closed: open another")
+                session._check_open()
             self._check_room()
             shown = self._preprocessed([frame for _, _, frame, _ in requests])
             sessions = {id(session): session for session, *_ in requests}
@@ -459,16 +462,14 @@ class SessionPool:
         if task is not None:
             self.scorer.check(task)
         with self._lock:
-            if not session._open:
-                raise UserError("this session was closed: open another")
+            session._check_open()
             session.task = session.task if task is None else task
             session._begin()
             self._settle(session)
 
     def _fork(self, session: Session) -> Session:
         with self._lock:
-            if not session._open:
-                raise UserError("this session was closed: open another")
+            session._check_open()
             self._check_room()
             copy = Session(self, session.task)
             copy.count, copy.context, copy._stride = session.count, session.context, session._stride
@@ -482,8 +483,7 @@ class SessionPool:
 
     def _snapshot(self, session: Session) -> bytes:
         with self._lock:
-            if not session._open:
-                raise UserError("this session was closed: open another")
+            session._check_open()
             return write_snapshot(session.task, session.count, self.scorer.context_frames, session._held)
 
 

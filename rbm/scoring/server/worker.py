@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from rbm.errors import UserError
-from rbm.scoring.scorer import Scorer
+from rbm.scoring.scorer import Scorer, best_first, scores_of, worth_of_pairs
 from rbm.scoring.scores import ClipScores, Scores
 from rbm.scoring.server.pipes import Fields, Pipe
 from rbm.scoring.server.refusal import POOL_FULL, UNKNOWN_SESSION, Refusal, busy, internal
@@ -298,7 +298,7 @@ class Worker:
             answer: Fields = {
                 "id": look.request.id,
                 "scores": [
-                    _plain(_scores(clip, scores, look.task)) for clip, scores in zip(look.clips, clips, strict=True)
+                    _plain(scores_of(clip, scores, look.task)) for clip, scores in zip(look.clips, clips, strict=True)
                 ],
             }
             if look.request.op == "compare":
@@ -347,27 +347,9 @@ def _refused(asked: Request | Look, error: Exception) -> Fields:
 
 def _order(clips: Sequence[ClipScores], pairs: Sequence[tuple[int, int]], preferred: Sequence[float]) -> list[int]:
     """Positions, best first, as `Scorer.rank` says: by utility, else by the mean preference over all others."""
-    worth = [scores.utility for scores in clips]
     if pairs or len(clips) == 1:
-        worth = [0.0] * len(clips)
-        for (a, b), p in zip(pairs, preferred, strict=True):
-            worth[a] += p
-            worth[b] += 1 - p
-    return sorted(range(len(worth)), key=lambda i: -worth[i])
-
-
-def _scores(clip: StoredClip, said: ClipScores, task: str) -> Scores:
-    return Scores(
-        said.progress,
-        said.progress_std,
-        said.success,
-        clip.frame_index,
-        clip.timestamp,
-        task,
-        clip.fps,
-        clip.n_frames,
-        said.remaining,
-    )
+        return best_first(worth_of_pairs(len(clips), pairs, preferred))
+    return best_first([scores.utility for scores in clips])
 
 
 def _plain(scores: Scores) -> Fields:
