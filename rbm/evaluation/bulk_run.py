@@ -152,7 +152,10 @@ def run(job: Job, model: RewardModel, crew: Crew, tick: Tick, retry: bool = Fals
         folder.conclude({name: value for name, value in outcome.to_json().items() if name in _KEPT})
     if not outcome.trajectories:
         name, why = outcome.unreadable[0]
-        raise UserError(f"none of {len(outcome.unreadable)} could be read; the first, {name}: {why}")
+        raise UserError(
+            f"none of {len(outcome.unreadable)} could be read; the first, {name}: {why} "
+            f"(once that is mended: --retry; for other options delete {folder.path} first)"
+        )
     return outcome
 
 
