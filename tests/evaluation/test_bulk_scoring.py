@@ -162,7 +162,7 @@ def test_two_ray_machines_write_the_same_bytes(
         def lose(trajectories: int, frames: int) -> None:
             if not lost:
                 lost.append(second)
-                until(lambda: len(ready_ray_workers() - before) == 2)  # so that the other is given a part
+                until(lambda: both_wait(before))  # so that the other is given a part
                 cluster.remove_node(second, allow_graceful=False)
                 until(lambda: len(ready_ray_workers() - before) == 1)  # it works on for a moment
 
@@ -183,6 +183,15 @@ def ready_ray_workers() -> set[str]:
             if (process / "cmdline").read_bytes().rstrip(b"\0 ") in (b"ray::Worker", b"ray::Worker.score"):
                 found.add(process.name)
     return found
+
+
+def both_wait(before: set[str]) -> bool:
+    """For two seconds: a worker that has not begun to load its model has the same title for a moment."""
+    for _ in range(20):
+        if len(ready_ray_workers() - before) != 2:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def until(condition: Callable[[], bool]) -> None:
