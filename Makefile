@@ -22,7 +22,7 @@ $(VENV)/.base: pyproject.toml setup.py | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[test,sim]'
+	$(PIP) -e '.[test,sim,rl]'
 	@touch $@
 
 $(VENV)/.sim: $(VENV)/.base
@@ -30,7 +30,7 @@ $(VENV)/.sim: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) -e '.[dev,test]'
+	$(PIP) -e '.[dev,test,rl]'
 	@touch $@
 
 demo: $(VENV)/.base

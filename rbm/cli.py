@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -31,10 +32,11 @@ COMMANDS = {
         "Run a frozen vision tower over a corpus once, so that training need not.",
     ),
     "eval": ("rbm.evaluation.cli", "evaluate", "Evaluate a reward model and write a report."),
-    "report": ("rbm.evaluation.cli", "report", "Write a report again from saved results."),
+    "report": ("rbm.report_cli", "report", "Write a report again from saved results."),
     "score": ("rbm.evaluation.bulk_cli", "score", "Progress and success of a video, or of a whole corpus."),
     "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
     "serve": ("rbm.scoring.server.cli", "serve", "Serve a model over HTTP and websockets, and a page at /."),
+    "rl": ("policies.cli", "rl", "Train a policy from a reward, online or offline."),
     "bench": ("rbm.bench.cli", "bench", "Measure this machine: storing, reading, training; what fits in memory."),
     "export": ("rbm.model.export_cli", "export", "Write a model in another layout: ours, or the published ones."),
     "rank": ("rbm.scoring.cli", "rank", "Order several attempts, best first."),
@@ -43,22 +45,32 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used: `rbm --help` answers at once."""
+    """A group whose commands are imported when they are used: `rbm --help` answers at once.
+
+    Args:
+        commands: name to module, attribute and one line of help; none: those of `rbm`.
+    """
+
+    def __init__(
+        self, name: str | None = None, commands: dict[str, tuple[str, str, str]] | None = None, **options: Any
+    ) -> None:
+        super().__init__(name, **options)
+        self._lazy = COMMANDS if commands is None else commands
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self._lazy)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._lazy:
             return None
-        module, attribute, _ = COMMANDS[cmd_name]
+        module, attribute, _ = self._lazy[cmd_name]
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, entry[2]) for name, entry in self._lazy.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

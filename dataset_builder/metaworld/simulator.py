@@ -138,6 +138,16 @@ class Simulator:
             physics=self._physics(),
         )
 
+    def go_back(self, moment: Snapshot) -> None:
+        """Make `moment`, of the present scene, the present again; what follows is what followed then."""
+        import mujoco
+
+        mujoco.mj_setState(self._env.model, self._env.data, moment.physics, self._signature)
+        mujoco.mj_forward(self._env.model, self._env.data)
+        self._env._prev_obs = moment.obs[:18].copy()
+        self._env._last_stable_obs = moment.obs.copy()
+        self._env.curr_path_length = 0  # the environment refuses to step after 500 steps
+
     @cached_property
     def _signature(self) -> int:
         import mujoco

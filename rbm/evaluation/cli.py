@@ -107,12 +107,7 @@ def split_differences(checkpoint: str | None, split: Mapping[str, Any]) -> list[
     ]
 
 
-@click.group()
-def report() -> None:
-    """Write a report again from saved results."""
-
-
-@report.command("eval")
+@click.command("eval")
 @click.argument("folder", default="report", type=click.Path(path_type=Path))
 def report_eval(folder: Path) -> None:
     """Make index.html, metrics.json and the pictures again from FOLDER/results.json (default: ./report)."""
@@ -122,7 +117,7 @@ def report_eval(folder: Path) -> None:
     console.print(f"report: {page}", soft_wrap=True)
 
 
-@report.command("spread")
+@click.command("spread")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 def report_spread(folders: tuple[Path, ...]) -> None:
     """Headline figures over several runs, mean (lowest to highest), as a Markdown table.

@@ -16,12 +16,12 @@ from rbm.corpus import Corpus
 from rbm.corpus.split import split_corpus
 from rbm.errors import UserError
 from rbm.evaluation import report
-from rbm.evaluation.cli import report as report_command
 from rbm.evaluation.evaluate import Protocol, evaluate_split
 from rbm.evaluation.gallery import shown_records, worst
 from rbm.evaluation.headline import HEADLINES, console_table, show
 from rbm.evaluation.results import Evaluation, load, write_atomic
 from rbm.evaluation.strips import film_strip
+from rbm.report_cli import report as report_command
 
 NAMES = (
     "preference_accuracy",
@@ -168,7 +168,8 @@ def test_the_console_table_fits_a_terminal(evaluation: Evaluation) -> None:
 def test_spread_over_runs_is_a_markdown_table(tmp_path):
     from click.testing import CliRunner
 
-    from rbm.evaluation.cli import report, spread
+    from rbm.evaluation.cli import spread
+    from rbm.report_cli import report
 
     for name, value in (("a", 0.9), ("b", 0.8)):
         (tmp_path / name).mkdir()

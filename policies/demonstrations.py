@@ -1,0 +1,99 @@
+"""Demonstrations as people have them: few, and by a hand that often misses.
+
+The demonstrator is a task's scripted expert that trembles and believes the object some centimetres beside where it is,
+another way in every episode. Some of its attempts succeed, many do not, and nothing says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.metaworld import MetaWorld
+from rbm.errors import UserError
+
+_CALM = 0.5  # share of the tremble that is kept from one action to the next
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One attempt of T actions.
+
+    Attributes:
+        observations: float32 (T + 1, D).
+        actions: float32 (T, A), in [-1, 1].
+        rewards: float32 (T,), of the environment that it was shown in.
+        terminated: whether that environment ended it.
+        success: whether the simulator said at any moment that the task is done.
+    """
+
+    observations: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    terminated: bool
+    success: bool
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def demonstrate(
+    env: gymnasium.Env[NDArray[np.float32], NDArray[np.float32]],
+    count: int,
+    seed: int,
+    aside: float,
+    tremble: float = 0.3,
+) -> list[Demonstration]:
+    """Attempts of the scripted expert at a Meta-World task, through whatever wrappers `env` has.
+
+    An attempt ends with its environment, or three actions after its success.
+
+    Args:
+        count: how many.
+        seed: of scenes and mistakes.
+        aside: the object is believed at most so far from where it is (metres).
+        tremble: standard deviation of what is added to the hand's velocity.
+
+    Raises:
+        UserError: no attempt was asked for, or it is no Meta-World environment.
+    """
+    if count < 1:
+        raise UserError(f"{count} demonstrations teach nothing: ask for one at least")
+    world = env.unwrapped
+    if not isinstance(world, MetaWorld):
+        raise UserError("only Meta-World has a scripted expert to demonstrate: give a policies.metaworld.MetaWorld")
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        observation, _ = env.reset(seed=int(rng.integers(2**31)))
+        expert = world.simulator.expert()
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, aside)
+        mistake = np.array([distance * np.cos(angle), distance * np.sin(angle), rng.uniform(0, aside / 2)])
+        shaking = np.zeros(3)
+        observations, actions, rewards = [observation], [], []
+        terminated = truncated = False
+        after = 0
+        while not (terminated or truncated or after > 2):
+            believed = observation.astype(np.float64)
+            believed[4:7] += mistake
+            action = np.clip(np.asarray(expert.get_action(believed), np.float64), -1, 1)
+            shaking = _CALM * shaking + 0.8 * tremble * rng.standard_normal(3)
+            action[:3] = np.clip(action[:3] + shaking, -1, 1)
+            observation, reward, terminated, truncated, info = env.step(action.astype(np.float32))
+            observations.append(observation)
+            actions.append(action)
+            rewards.append(float(reward))
+            after += bool(after or info["success"])
+        found.append(
+            Demonstration(
+                np.array(observations, np.float32),
+                np.array(actions, np.float32),
+                np.array(rewards, np.float32),
+                terminated,
+                after > 0,
+            )
+        )
+    return found

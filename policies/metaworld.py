@@ -1,0 +1,113 @@
+"""A Meta-World task as a gymnasium environment: state observations, a picture on request.
+
+It is the simulator that the corpus is collected with (`dataset_builder.metaworld`): `render()` shows what the shipped
+weights were trained on, at a hundred frames a second on one core.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, Simulator, Snapshot
+from dataset_builder.metaworld.tasks import TASKS
+from rbm.errors import UserError
+
+Reward = Literal["none", "sparse", "dense"]
+
+DENSE_SCALE = 10.0
+"""Meta-World's dense reward is 10 where the task is done."""
+
+
+class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """One task; every episode is a scene of its own, drawn from the seed given to `reset`.
+
+    Observation float32 (39,): hand, gripper, object poses, the same a step before, goal (metres). Action float32 (4,),
+    −1 to 1: hand velocity and gripper effort, held for `action_repeat` control steps of 1/80 s. `info["success"]` is
+    the simulator's own signal: whether the task is done now, or was at any control step of this action.
+
+    Args:
+        task: environment name without its version, such as `drawer-open`.
+        reward: `sparse` −1, and 0 once the task is done; `dense` the simulator's own, 0 to 1, mean over the control
+            steps of the action; `none` 0.
+        max_steps: actions after which an episode is truncated.
+        action_repeat: control steps for each action.
+        size: pixels of a side of the picture.
+        camera: `near`, or one of Meta-World's.
+        terminate_on_success: whether the simulator's success ends an episode.
+
+    Raises:
+        UserError: no such task, no simulator, a number below 1.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (as gymnasium has it)
+        "render_modes": ["rgb_array"],
+        "render_fps": FPS,
+    }
+
+    def __init__(
+        self,
+        task: str = "drawer-open",
+        reward: Reward = "none",
+        max_steps: int = 200,
+        action_repeat: int = 1,
+        size: int = 96,
+        camera: str = NEAR_VIEW,
+        terminate_on_success: bool = False,
+        render_mode: str | None = "rgb_array",
+    ) -> None:
+        for name, value in (("max_steps", max_steps), ("action_repeat", action_repeat), ("size", size)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if reward not in ("none", "sparse", "dense"):
+            raise UserError(f"unknown reward {reward!r} of Meta-World: give none, sparse or dense")
+        self.simulator = Simulator(task)
+        self.task, self.instruction = task, TASKS[task].text
+        self.render_mode = render_mode
+        self._reward, self._max_steps, self._repeat = reward, max_steps, action_repeat
+        self._size, self._camera, self._terminate = size, camera, terminate_on_success
+        self.metadata = {**type(self).metadata, "render_fps": FPS / action_repeat}
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
+        self._now: Snapshot | None = None
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        self._now = self.simulator.reset(int(self.np_random.integers(2**31)))
+        self._steps = 0
+        return self._now.obs.astype(np.float32), {"success": self._now.success}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        if self._now is None:
+            raise UserError("no episode is running: call reset() before step()")
+        dense, success, moments = 0.0, False, 0
+        for _ in range(self._repeat):
+            self._now = self.simulator.step(action)
+            dense += self._now.reward / DENSE_SCALE
+            success |= self._now.success
+            moments += 1
+            if success and self._terminate:
+                break
+        self._steps += 1
+        reward = {"none": 0.0, "sparse": float(success) - 1.0, "dense": dense / moments}[self._reward]
+        terminated = success and self._terminate
+        truncated = self._steps >= self._max_steps and not terminated
+        return self._now.obs.astype(np.float32), reward, terminated, truncated, {"success": success}
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """What the camera sees now: uint8 (size, size, 3)."""
+        if self.render_mode is None:
+            return None
+        if self._now is None:
+            raise UserError("nothing to see before the first reset()")
+        return self.simulator.render([self._now.physics], (self._camera,), self._size)[self._camera][0]
+
+    def close(self) -> None:
+        self.simulator.close()

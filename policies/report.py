@@ -1,0 +1,212 @@
+"""`rbm report rl`: what a folder of runs came to, as a table, figures and one JSON file.
+
+A run is a folder with `config.json`, `curve.jsonl` and, once it is finished, `result.json`: `policies.online`,
+`policies.offline` and `policies.planning` all write them. Runs that differ in their seed alone are one line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from policies.monitor import Watched, read_monitor
+from rbm.errors import UserError
+from rbm.output import whole_file
+
+COLOURS = {"learned": "#0072B2", "sparse": "#E69F00", "dense": "#009E73", "none": "#777777"}
+ORDER = tuple(COLOURS)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run.
+
+    Attributes:
+        name: the folder, relative to the one that was asked for.
+        result: `result.json`.
+        steps, success: the curve; success is nan where a point of it has none.
+        watched: what a monitor said of each training episode.
+    """
+
+    name: str
+    result: dict[str, Any]
+    steps: list[int]
+    success: list[float]
+    watched: list[Watched] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Algorithm, task, reward."""
+        return str(self.result["algorithm"]), str(self.result["task"]), str(self.result["reward"])
+
+
+def read_runs(folder: Path) -> tuple[list[FinishedRun], list[str]]:
+    """The finished runs below a folder, and the names of those that are not finished.
+
+    Raises:
+        UserError: there is no run at all, or a file is damaged.
+    """
+    finished, unfinished = [], []
+    for config in sorted(folder.rglob("config.json")):
+        place = config.parent
+        name = place.relative_to(folder).as_posix()
+        if not (place / "result.json").exists():
+            unfinished.append(name)
+            continue
+        try:
+            result = json.loads((place / "result.json").read_text())
+            curve = place / "curve.jsonl"
+            lines = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
+            points = [(line["step"], line.get("success_rate", float("nan"))) for line in lines]
+            run = FinishedRun(name, result, [p[0] for p in points], [p[1] for p in points], read_monitor(place))
+            finished.append(run)
+            assert run.key
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{place} is damaged: delete it, or run it again ({error})") from error
+    if not finished and not unfinished:
+        raise UserError(f"no runs in {folder}: `rbm rl run_dir={folder}/…` makes them")
+    return finished, unfinished
+
+
+def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """A line for each algorithm, task and reward: success over seeds (mean, lowest, highest), in the order of tasks."""
+    groups: dict[tuple[str, str, str], list[FinishedRun]] = defaultdict(list)
+    for run in runs:
+        groups[run.key].append(run)
+    lines = []
+    for algorithm, task, reward in sorted(groups, key=lambda key: (key[0], key[1], ORDER.index(key[2]))):
+        group = groups[algorithm, task, reward]
+        rates = [float(run.result["success_rate"]) for run in group]
+        bases = [run.result["base"] for run in group if run.result.get("base") is not None]
+        lines.append(
+            {
+                "algorithm": algorithm,
+                "task": task,
+                "reward": reward,
+                "seeds": sorted(int(run.result["seed"]) for run in group),
+                "success": float(np.mean(rates)),
+                "lowest": min(rates),
+                "highest": max(rates),
+                "before": float(np.mean(bases)) if bases else None,
+                "minutes": float(np.mean([run.result.get("seconds", float("nan")) for run in group])) / 60,
+            }
+        )
+    return lines
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a Markdown table."""
+    found = ["| algorithm | task | reward | seeds | before | success | minutes |", "| --- " * 7 + "|"]
+    for line in lines:
+        before = "–" if line["before"] is None else f"{line['before']:.2f}"
+        spread = f"{line['success']:.2f} ({line['lowest']:.2f} to {line['highest']:.2f})"
+        found.append(
+            f"| {line['algorithm']} | {line['task']} | {line['reward']} | {len(line['seeds'])} | {before} | {spread} | "
+            f"{line['minutes']:.1f} |"
+        )
+    return "\n".join(found)
+
+
+def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> None:
+    """One panel a task, one colour a reward: the mean over seeds, and lowest to highest as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mine = [run for run in runs if run.key[0] == algorithm and run.steps]
+    tasks = sorted({run.key[1] for run in mine})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.0), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for reward in ORDER:
+            group = [run for run in mine if run.key[1:] == (task, reward)]
+            if not group:
+                continue
+            steps = np.linspace(0, min(run.steps[-1] for run in group), 41)
+            curves = np.array([np.interp(steps, run.steps, run.success) for run in group])
+            axis.plot(steps, curves.mean(0), color=COLOURS[reward], label=reward)
+            axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[reward], alpha=0.15, lw=0)
+        axis.set_title(task, fontsize=10)
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.2)
+        axis.set_xlabel("updates" if mine[0].result.get("transitions") else "decisions")
+    axes[0][0].set_ylabel("success rate")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(algorithm.replace("_", " "), fontsize=10)
+    figure.tight_layout()
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def plot_watched(run: FinishedRun, target: Path, window: int = 20) -> None:
+    """What the judge said against what was true, over training episodes; running means over `window`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    judged = np.array([episode.judged for episode in run.watched], float)
+    true = np.array([episode.success for episode in run.watched], float)
+    width = min(window, len(judged))
+    mean = np.ones(width) / width
+    numbers = np.arange(width - 1, len(judged))
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    axis.plot(numbers, np.convolve(judged, mean, "valid"), color="#D55E00", label="judged done")
+    axis.plot(numbers, np.convolve(true, mean, "valid"), color="#009E73", label="truly done")
+    parted = np.array([episode.diverged for episode in run.watched])
+    axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("training episode")
+    axis.set_title(f"{run.name} (shaded: the monitor says that they part)", fontsize=9)
+    axis.grid(alpha=0.2)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+@click.command("rl")
+@click.argument("folder", default="runs", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write; default: FOLDER/report.")
+def report_rl(folder: Path, out: Path | None) -> None:
+    """Tables and figures of the policies that were trained in FOLDER.
+
+    Writes results.json (every curve), table.md, a figure for each algorithm, and one for each run in which score and
+    success parted.
+
+    \b
+    Example:
+      rbm report rl runs --out docs/rl
+    """
+    runs, unfinished = read_runs(folder)
+    target = out or folder / "report"
+    target.mkdir(parents=True, exist_ok=True)
+    lines = table(runs)
+    saved = {
+        "table": lines,
+        "runs": [
+            {"name": run.name, "result": run.result, "steps": run.steps, "success_rate": run.success} for run in runs
+        ],
+    }
+    with whole_file(target / "results.json") as temporary:
+        temporary.write_text(json.dumps(saved) + "\n")
+    with whole_file(target / "table.md") as temporary:
+        temporary.write_text(markdown(lines) + "\n")
+    for algorithm in sorted({run.key[0] for run in runs if run.steps}):
+        plot_curves(runs, algorithm, target / f"{algorithm}.png")
+    for run in runs:
+        if any(episode.diverged for episode in run.watched):
+            plot_watched(run, target / f"parted_{run.name.replace('/', '_')}.png")
+    click.echo(markdown(lines))
+    if unfinished:
+        click.echo(f"{len(unfinished)} not finished: {', '.join(unfinished)}", err=True)
+    click.echo(f"report: {target}", err=True)
