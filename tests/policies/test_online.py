@@ -1,0 +1,229 @@
+"""Online learning: what a learner remembers, that a killed run goes on as the unbroken one, what a run writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from policies.demonstrations import Demonstration, demonstrate
+from policies.metaworld import MetaWorld
+from policies.online.dsrl import Dsrl
+from policies.online.learner import Learner, NormedCritic
+from policies.online.run import Run, Schedule, read_curve
+from policies.online.sac import Sac
+from policies.online.seeded_sac import SeededSac
+from policies.online.world import Chunks, World
+from rbm.errors import UserError
+
+BOX = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+ACTIONS = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)
+SMALL: dict[str, Any] = {"hidden": 16, "batch": 16}
+SCHEDULE = Schedule(steps=24, first=8, updates=1, evaluate_every=8, episodes=2)
+
+
+def learner(seed: int = 0, **options: Any) -> Learner:
+    return Learner(BOX, ACTIONS, seed=seed, **{**SMALL, **options})
+
+
+def fill(one: Learner, count: int = 20, reward: float = 0.0) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        seen = rng.standard_normal((2, 3), np.float32)
+        one.add(seen[0], rng.uniform(-2, 2, 2).astype(np.float32), reward, seen[1], False, False)
+
+
+def test_critics_are_normed_behind_every_hidden_layer():
+    critic = learner().sac.critic
+    assert isinstance(critic, NormedCritic)
+    kinds = [type(layer).__name__ for layer in critic.q_networks[0]]
+    assert kinds == ["Linear", "LayerNorm", "ReLU", "Linear", "LayerNorm", "ReLU", "Linear"]
+    # what is trained is what answers
+    assert {id(p) for p in critic.parameters()} == {
+        id(p) for group in critic.optimizer.param_groups for p in group["params"]
+    }
+
+
+def test_half_of_a_batch_is_demonstrations():
+    shown = Demonstration(
+        np.ones((5, 3), np.float32), np.full((4, 2), 2.0, np.float32), np.full(4, 7.0, np.float32), True, True
+    )
+    one = learner(demonstrations=[shown])
+    fill(one, reward=-1.0)
+    batch = one.buffer.sample(10)
+    assert sorted(batch.rewards[:, 0].tolist()) == [-1.0] * 5 + [7.0] * 5
+    assert batch.actions[batch.rewards[:, 0] == 7.0].eq(1.0).all()  # scaled to the box
+    ended = one.buffer.demonstrations.dones[:, 0]
+    assert ended.tolist() == [0, 0, 0, 1]  # terminated with its last action
+
+
+def test_a_truncation_is_no_end():
+    one = learner()
+    seen = np.zeros(3, np.float32)
+    one.add(seen, np.zeros(2, np.float32), 0.0, seen, False, True)
+    assert one.buffer.sample(4).dones.eq(0).all()
+    one = learner()
+    one.add(seen, np.zeros(2, np.float32), 0.0, seen, True, False)
+    assert one.buffer.sample(4).dones.eq(1).all()
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(tmp_path: Path):
+    one = learner()
+    fill(one)
+    one.learn(3)
+    torch.save(one.state(), tmp_path / "state.pt")
+    one.learn(3)
+    expected = [p.clone() for p in one.sac.policy.parameters()]
+    other = learner(seed=5)
+    other.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.learn(3)
+    assert all(torch.equal(a, b) for a, b in zip(expected, other.sac.policy.parameters(), strict=True))
+    assert torch.equal(one.sac.log_ent_coef, other.sac.log_ent_coef)
+
+
+def test_chunks_play_all_actions_and_pay_their_mean():
+    plain = MetaWorld("window-close", "dense", max_steps=5, action_repeat=2, render_mode=None)
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 4)).astype(np.float32)
+    plain.reset(seed=1)
+    steps = [plain.step(action) for action in actions]
+    grouped = Chunks(MetaWorld("window-close", "dense", max_steps=5, action_repeat=2, render_mode=None), 3)
+    grouped.reset(seed=1)
+    seen, reward, *_ = grouped.step(actions.ravel())
+    assert np.array_equal(seen, steps[-1][0])
+    assert reward == pytest.approx(np.mean([step[1] for step in steps]))
+    *_, truncated, _ = grouped.step(actions.ravel())
+    assert truncated  # after two of the three
+
+
+def test_demonstrations_are_the_same_again_and_some_fail():
+    env = MetaWorld(
+        "window-close", "sparse", max_steps=25, action_repeat=8, render_mode=None, terminate_on_success=True
+    )
+    shown = demonstrate(env, 6, seed=3, aside=0.15)
+    again = demonstrate(env, 6, seed=3, aside=0.15)
+    assert all(np.array_equal(a.actions, b.actions) for a, b in zip(shown, again, strict=True))
+    assert 0 < sum(demo.success for demo in shown) < 6
+    for demo in shown:
+        assert len(demo.observations) == len(demo) + 1
+        assert demo.terminated == demo.success
+        assert demo.rewards[-1] == (0.0 if demo.success else -1.0)
+    with pytest.raises(UserError, match="ask for one at least"):
+        demonstrate(env, 0, 0, 0.1)
+
+
+def make_run(folder: Path, algorithm: Any, reward: str, checkpoint: Path | None = None, seed: int = 0) -> Run:
+    world = World(
+        "window-close",
+        reward,  # type: ignore[arg-type]
+        max_steps=4,
+        action_repeat=8,
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        vote=(1, 1, 0.0),  # whatever it says counts as done: episodes of one decision, and all of them clips
+    )
+    return Run(folder, {"seed": seed}, algorithm, world, seed)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reward"),
+    [
+        (Sac(SMALL, SCHEDULE), "dense"),
+        (SeededSac(3, learner=SMALL, schedule=SCHEDULE), "sparse"),
+        (Dsrl(3, chunk=2, learner=SMALL, schedule=SCHEDULE), "learned"),
+    ],
+    ids=["sac", "seeded", "dsrl"],
+)
+def test_a_stopped_run_goes_on_as_the_unbroken_one(
+    algorithm: Any, reward: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] >= 16:
+            raise Stop
+
+    whole = make_run(tmp_path / "whole", algorithm, reward, tiny_checkpoint)
+    result = whole.train()
+    broken = make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint)
+    with pytest.raises(Stop):
+        broken.train(stop)
+    broken._attempt()  # what came after the last evaluation is lost and done again
+    resumed = make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint)
+    assert 16 <= resumed.step < 24
+    again = resumed.train()
+    for name in ("seconds",):
+        result.pop(name), again.pop(name)
+    assert again == result
+
+    def curve(name: str) -> list[dict[str, Any]]:
+        return [{**line, "seconds": 0} for line in read_curve(tmp_path / name)]
+
+    assert curve("broken") == curve("whole")
+    a, b = (run.setup.learner.sac.policy.state_dict() for run in (whole, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    if reward == "learned":
+        watched = [(tmp_path / name / "monitor.jsonl").read_text() for name in ("whole", "broken")]
+        assert watched[0] == watched[1]
+    with pytest.raises(UserError, match="another configuration"):
+        make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint, seed=1)
+
+
+def test_the_command_trains_and_reports(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from rbm.cli import cli
+
+    options = [
+        "rl",
+        "--json",
+        "policy=sac",
+        "task=window-close",
+        f"checkpoint={tiny_checkpoint}",
+        "online.max_steps=4",
+        "policy.schedule={_target_: policies.online.run.Schedule, steps: 16, first: 4, updates: 1, evaluate_every: 8, "
+        "episodes: 2}",
+        f"run_dir={tmp_path / 'runs' / 'a'}",
+    ]
+    done = CliRunner().invoke(cli, options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["task"], result["algorithm"], result["reward"], result["seed"]) == (
+        "window-close",
+        "sac",
+        "learned",
+        0,
+    )
+    assert [line["step"] for line in read_curve(tmp_path / "runs" / "a")] == [0, 8, 16]
+    report = CliRunner().invoke(cli, ["report", "rl", str(tmp_path / "runs")], catch_exceptions=False)
+    assert report.exit_code == 0, report.output
+    assert "| sac | window-close | learned | 1 |" in report.stdout
+    saved = json.loads((tmp_path / "runs" / "report" / "results.json").read_text())
+    assert saved["table"][0]["success"] == result["success_rate"]
+    assert (tmp_path / "runs" / "report" / "sac.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task=nothing"], "unknown Meta-World environment 'nothing'"),
+        (["reward=lots"], "unknown reward 'lots'"),
+        (["policy.schedule.steps=0"], "steps=0 of a schedule is too small"),
+        (["policy=none"], "dsrl"),
+        (["online.vote=[3,2,0.5]"], "vote of 3 of 2"),
+        (["shaping.form=big"], "unknown form of reward"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_a_sentence(overrides: list[str], words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rbm.cli", "rl", f"run_dir={tmp_path / 'run'}", "policy.count=1", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
