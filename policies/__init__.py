@@ -1,8 +1,8 @@
 """Robot policies that learn from the reward: wrappers for gymnasium, relabelling, algorithms.
 
-    import policies
+import policies
 
-    env = policies.RewardModelWrapper(env, task="open the drawer")
+env = policies.RewardModelWrapper(env, task="open the drawer")
 """
 
 from __future__ import annotations

@@ -93,8 +93,9 @@ def _online(config: dict[str, Any]) -> dict[str, Any]:
     algorithm = instantiate(OmegaConf.create(config["policy"]))
     if isinstance(algorithm, BestOfK):
         return algorithm.run(world, config["seed"], Path(config["run_dir"]), _tell)
-    asked = {key: value for key, value in config.items() if key not in ("run_dir", "offline", "threads")}
-    made = Run(Path(config["run_dir"]), asked, algorithm, world, config["seed"])
+    asked = {key: value for key, value in config.items() if key not in ("run_dir", "threads")}
+    start = None if config["start"] is None else Path(config["start"])
+    made = Run(Path(config["run_dir"]), asked, algorithm, world, config["seed"], start)
     return made.train(_tell)
 
 

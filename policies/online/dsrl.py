@@ -14,7 +14,7 @@ import numpy as np
 from policies.demonstrations import demonstrate
 from policies.flow import FlowPolicy, clone_flow
 from policies.online.learner import Learner
-from policies.online.run import Schedule, Setup, success_rate
+from policies.online.run import FLOW, Schedule, Setup, success_rate
 from policies.online.world import Noise, World
 
 
@@ -39,11 +39,11 @@ class Dsrl:
     schedule: Schedule = field(default_factory=Schedule)
 
     def setup(self, world: World, seed: int, folder: Path) -> Setup:
-        base = folder / "flow.safetensors"
-        if not base.exists():
+        place = folder / FLOW
+        if not place.exists():
             shown = demonstrate(world.test().unwrapped, self.count, seed, self.aside, self.tremble)
-            clone_flow(shown, self.chunk, seed).save(base)
-        policy = FlowPolicy.load(base)
+            clone_flow(shown, self.chunk, seed).save(place)
+        policy = FlowPolicy.load(place)
         training = Noise(world.training(self.chunk), policy, self.bound)
         test = Noise(world.test(self.chunk), policy, self.bound)
         learner = Learner(test.observation_space, test.action_space, seed=seed, **self.learner)  # type: ignore[arg-type]
@@ -53,9 +53,9 @@ class Dsrl:
             return np.clip(rng.standard_normal(size), -self.bound, self.bound).astype(np.float32)
 
         rng = np.random.default_rng([seed, 1])
-        return Setup(
-            training, test, learner, noise, success_rate(test, lambda seen: rng.standard_normal(size, np.float32), 40)
-        )
+        base = success_rate(test, lambda seen: rng.standard_normal(size, np.float32), self.schedule.episodes)
+        # a flow policy acts by drawn noise; its mean is not what it was trained for
+        return Setup(training, test, learner, noise, draws=True, base=base)
 
 
 if __name__ == "__main__":

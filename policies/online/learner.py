@@ -157,10 +157,9 @@ class Learner:
             "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, gauss),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        sac, buffer = self.sac, self.buffer
-        assert buffer is not None
+    def take(self, state: dict[str, Any]) -> None:
+        """The networks of `state` and how they were trained, but nothing that was remembered."""
+        sac = self.sac
         assert sac.ent_coef_optimizer is not None
         sac.policy.load_state_dict(state["policy"])
         sac.actor.optimizer.load_state_dict(state["actor_optimizer"])
@@ -169,6 +168,12 @@ class Learner:
             _there(sac.log_ent_coef).copy_(state["entropy"])
         sac.ent_coef_optimizer.load_state_dict(state["entropy_optimizer"])
         sac._n_updates = state["updates"]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.take(state)
+        buffer = self.buffer
+        assert buffer is not None
         for column, values in state["buffer"].items():
             getattr(buffer, column)[: len(values)] = values.numpy()
         buffer.pos, buffer.full = state["place"]

@@ -11,6 +11,8 @@ result.json    at the end
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ from rbm.output import whole_file
 
 TEST_SEED = 7_000_000
 """Scenes of evaluation come from here, those of training from below."""
+
+FLOW = "flow.safetensors"
+"""The flow policy that a run stands on, where it does."""
 
 _LAST = 3
 """Evaluations at a run's end whose mean is its result."""
@@ -68,6 +73,7 @@ class Setup:
         training, test: environments of one action space.
         learner: acts in them.
         first: what is done in the first decisions, instead of the learner's own; takes a generator.
+        draws: whether the policy that is evaluated draws its actions, as it does in training, or takes their mean.
         base: success rate before learning, of the policy that is fine-tuned, where there is one.
     """
 
@@ -75,6 +81,7 @@ class Setup:
     test: Env
     learner: Learner
     first: Callable[[np.random.Generator], Floats]
+    draws: bool = False
     base: float | None = None
 
 
@@ -109,16 +116,30 @@ def success_rate(env: Env, act: Callable[[Floats], Floats], episodes: int) -> fl
 class Run:
     """An online run in a folder; made again over the same folder, it goes on.
 
+    Args:
+        start: another run, whose networks this one begins with; not with what it remembers.
+
     Raises:
         UserError: the folder holds another run.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], algorithm: Algorithm, world: World, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        algorithm: Algorithm,
+        world: World,
+        seed: int,
+        start: Path | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.world, self.schedule, self.seed = folder, world, algorithm.schedule, seed
         self.config = config
         self._name = type(algorithm).__module__.rpartition(".")[2]
         self._check_config()
+        if start is not None and (start / FLOW).exists() and not (folder / FLOW).exists():
+            shutil.copy(start / FLOW, folder / FLOW)
+        self._start = start
         self.setup = algorithm.setup(world, seed, folder)
         self.rng = np.random.default_rng(seed)
         self.step = self.episode = 0
@@ -155,7 +176,7 @@ class Run:
         observation, info = env.reset(seed=scene(self.seed, self.episode))
         began, success, judged, value, over = self.step, False, False, 0.0, False
         while not over:
-            random = self.step < self.schedule.first
+            random = self.step < self.schedule.first and self._start is None
             action = self.setup.first(self.rng) if random else learner.act(observation, explore=True)
             after, reward, terminated, truncated, info = env.step(action)
             learner.add(observation, action, float(reward), after, terminated, truncated)
@@ -173,10 +194,11 @@ class Run:
 
     def _evaluate(self, tell: Callable[[dict[str, Any]], None]) -> None:
         learner = self.setup.learner
-        if self.step == 0 and self.setup.base is not None:
+        if self.step == 0 and self.setup.base is not None and self._start is None:
             rate = self.setup.base
         else:
-            rate = success_rate(self.setup.test, lambda seen: learner.act(seen, explore=False), self.schedule.episodes)
+            draws = self.setup.draws
+            rate = success_rate(self.setup.test, lambda seen: learner.act(seen, explore=draws), self.schedule.episodes)
         line = {
             "step": self.step,
             "episode": self.episode,
@@ -207,12 +229,11 @@ class Run:
         if not path.exists():
             for name in ("curve.jsonl", "monitor.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
+            if self._start is not None:
+                self.setup.learner.take(_read_state(self._start / "state.pt")["learner"])
             return
-        try:
-            state = torch.load(path, weights_only=True)
-            self.setup.learner.restore(state["learner"])
-        except Exception as error:
-            raise UserError(f"{path} cannot be read: delete the folder and run again ({error})") from error
+        state = _read_state(path)
+        self.setup.learner.restore(state["learner"])
         self.step, self.episode, self.seconds = state["step"], state["episode"], state["seconds"]
         self.rng.bit_generator.state = json.loads(state["generator"])
         if self.monitor is not None:
@@ -257,6 +278,14 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no curve of a run ({error})") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read: delete the run's folder and run again ({error})") from error
+    return state
 
 
 def _find_film(env: Any) -> Film | None:

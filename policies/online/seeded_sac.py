@@ -39,10 +39,18 @@ class SeededSac:
         shown = demonstrate(training, self.count, seed, self.aside, self.tremble)
         policy = clone_flow(shown, 1, seed)
         rng = np.random.default_rng([seed, 1])
-        base = success_rate(test, lambda seen: policy.act(seen, rng.standard_normal(policy.action, np.float32))[0], 40)
+        base = success_rate(
+            test,
+            lambda seen: policy.act(seen, rng.standard_normal(policy.action, np.float32))[0],
+            self.schedule.episodes,
+        )
         learner = Learner(test.observation_space, test.action_space, seed=seed, demonstrations=shown, **self.learner)  # type: ignore[arg-type]
         return Setup(
-            training, test, learner, lambda rng: rng.uniform(-1, 1, test.action_space.shape).astype(np.float32), base
+            training,
+            test,
+            learner,
+            lambda rng: rng.uniform(-1, 1, test.action_space.shape).astype(np.float32),
+            base=base,
         )
 
 

@@ -200,7 +200,10 @@ def test_the_command_trains_and_reports(tiny_checkpoint: Path, tmp_path: Path) -
         "learned",
         0,
     )
-    assert [line["step"] for line in read_curve(tmp_path / "runs" / "a")] == [0, 8, 16]
+    steps = [line["step"] for line in read_curve(tmp_path / "runs" / "a")]
+    assert len(steps) == 3
+    assert 8 <= steps[1] < 12  # evaluations come at an episode's end
+    assert steps[2] == result["steps"] >= 16
     report = CliRunner().invoke(cli, ["report", "rl", str(tmp_path / "runs")], catch_exceptions=False)
     assert report.exit_code == 0, report.output
     assert "| sac | window-close | learned | 1 |" in report.stdout

@@ -1,0 +1,1 @@
+"""Offline RL: policies learned from transitions that carry rewards, without an environment."""

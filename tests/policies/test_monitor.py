@@ -1,0 +1,102 @@
+"""The monitor, the report of runs, and refining a judge by what fooled it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from policies.monitor import Monitor, read_monitor
+from policies.refine import flagged
+from policies.report import markdown, read_runs, table
+from rbm.cli import cli
+from rbm.errors import UserError
+from rbm.video import VideoFile
+
+FRAMES = [np.full((64, 64, 3), shade, np.uint8) for shade in (0, 100, 200)]
+
+
+def test_score_and_success_part_above_the_share_of_a_whole_window(tmp_path: Path):
+    monitor = Monitor(tmp_path, "close the window", window=4, share=0.25)
+    outcomes = [(True, True), (True, False), (False, False), (True, False), (False, False), (True, True), (True, True)]
+    said = [
+        monitor.episode(number, 10 * number, judged, success, 0.5, FRAMES).diverged
+        for number, (judged, success) in enumerate(outcomes)
+    ]
+    # wrong judgements in the last four: –, –, –, 2, 2, 1, 1; a quarter is not above a quarter
+    assert said == [False, False, False, True, True, False, False]
+    watched = read_monitor(tmp_path)
+    assert [episode.clip for episode in watched] == [None, "clips/000001.mp4", None, "clips/000003.mp4", None, None, None]
+    video = VideoFile(tmp_path / "clips" / "000001.mp4")
+    assert video.n_frames == 3
+    label = json.loads((tmp_path / "clips" / "000001.json").read_text())
+    assert (label["task"], label["quality"], label["step"]) == ("close the window", "failure", 10)
+    assert [task for _, task in flagged(tmp_path)] == ["close the window"] * 2
+
+
+def test_only_so_many_clips_are_kept_and_a_monitor_goes_on(tmp_path: Path):
+    monitor = Monitor(tmp_path, "close the window", window=2, share=0.5, clips=2)
+    for number in range(2):
+        monitor.episode(number, number, True, False, 0.9, FRAMES)
+    state = monitor.state()
+    monitor.episode(2, 2, True, False, 0.9, FRAMES)
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 2
+    again = Monitor(tmp_path, "close the window", window=2, share=0.5, clips=2)
+    again.restore(state, 2)
+    assert len(read_monitor(tmp_path)) == 2
+    assert again.diverged
+    assert again.episode(2, 2, True, False, 0.9, FRAMES).clip is None
+
+
+def test_a_monitor_that_cannot_be_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="window ≥ 1"):
+        Monitor(tmp_path, "x", window=0)
+    assert read_monitor(tmp_path / "nowhere") == []
+    (tmp_path / "monitor.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_monitor(tmp_path)
+
+
+def finished(folder: Path, reward: str, seed: int, rate: float, base: float | None = None) -> None:
+    folder.mkdir(parents=True)
+    result = {"task": "push", "algorithm": "dsrl", "reward": reward, "seed": seed, "success_rate": rate, "base": base}
+    (folder / "config.json").write_text("{}")
+    (folder / "result.json").write_text(json.dumps({**result, "seconds": 120}))
+    points = [{"step": 0, "success_rate": 0.25}, {"step": 10, "success_rate": rate}]
+    (folder / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+
+
+def test_seeds_are_one_line_and_unfinished_runs_are_named(tmp_path: Path):
+    for seed, rate in enumerate((0.5, 0.75, 1.0)):
+        finished(tmp_path / f"learned-{seed}", "learned", seed, rate, 0.25)
+    finished(tmp_path / "sparse-0", "sparse", 0, 0.3)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    runs, unfinished = read_runs(tmp_path)
+    assert unfinished == ["half"]
+    learned, sparse = table(runs)
+    assert (learned["success"], learned["lowest"], learned["highest"], learned["before"]) == (0.75, 0.5, 1.0, 0.25)
+    assert learned["seeds"] == [0, 1, 2]
+    assert learned["minutes"] == 2
+    assert sparse["before"] is None
+    assert "| dsrl | push | learned | 3 | 0.25 | 0.75 (0.50 to 1.00) | 2.0 |" in markdown([learned, sparse])
+    done = CliRunner().invoke(cli, ["report", "rl", str(tmp_path)], catch_exceptions=False)
+    assert "1 not finished: half" in done.output
+    assert (tmp_path / "report" / "dsrl.png").stat().st_size > 1000
+
+
+def test_a_folder_without_runs_is_a_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match="no runs in"):
+        read_runs(tmp_path)
+    finished(tmp_path / "a", "learned", 0, 0.5)
+    (tmp_path / "a" / "result.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_runs(tmp_path)
+
+
+def test_nothing_parted_nothing_to_refine(tmp_path: Path):
+    with pytest.raises(UserError, match="nothing to refine with"):
+        flagged(tmp_path)
