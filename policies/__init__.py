@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from policies.monitor import Monitor
+    from policies.relabel import LateRewardBuffer
     from policies.shaping import Shaping
     from policies.wrapper import RewardModelWrapper
 
-__all__ = ["Monitor", "RewardModelWrapper", "Shaping"]
+__all__ = ["LateRewardBuffer", "Monitor", "RewardModelWrapper", "Shaping"]
 
-_PLACES = {"Monitor": "policies.monitor", "RewardModelWrapper": "policies.wrapper", "Shaping": "policies.shaping"}
+_PLACES = {
+    "LateRewardBuffer": "policies.relabel",
+    "Monitor": "policies.monitor",
+    "RewardModelWrapper": "policies.wrapper",
+    "Shaping": "policies.shaping",
+}
 
 
 def __getattr__(name: str) -> Any:
