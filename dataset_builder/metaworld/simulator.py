@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import pickle
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,8 @@ def load_metaworld() -> Any:
         UserError: it is not installed.
     """
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # headless; the quiet one of MuJoCo's back ends
+    # said by some scripted experts at every action, and of no use
+    warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high", category=UserWarning)
     try:
         import metaworld
         import metaworld.policies

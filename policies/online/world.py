@@ -37,8 +37,8 @@ class World:
 
     task: str = "drawer-open"
     reward: Reward = "learned"
-    max_steps: int = 50
-    action_repeat: int = 4
+    max_steps: int = 25
+    action_repeat: int = 8
     checkpoint: str | None = None
     shaping: Shaping = field(default_factory=lambda: Shaping("minus_one"))
     vote: tuple[int, int, float] = (2, 3, 0.5)
