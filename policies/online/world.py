@@ -47,6 +47,7 @@ class World:
     def __post_init__(self) -> None:
         if self.reward not in ("learned", "sparse", "dense"):
             raise UserError(f"unknown reward {self.reward!r}: give learned, sparse or dense")
+        SuccessVote(*self.vote)  # so that a vote that cannot be held is refused before any work is done
 
     def training(self, chunk: int = 1) -> Env:
         """An environment whose action is `chunk` actions, end to end, with this reward."""
