@@ -37,6 +37,11 @@ COMMANDS = {
     "compare": ("rbm.scoring.cli", "compare", "Which of two attempts is better."),
     "serve": ("rbm.scoring.server.cli", "serve", "Serve a model over HTTP and websockets, and a page at /."),
     "rl": ("policies.cli", "rl", "Train a policy from a reward, online or offline."),
+    "relabel": (
+        "policies.relabel.cli",
+        "relabel",
+        "Rewards of a model for a data set: Minari, LeRobot, HDF5, a corpus.",
+    ),
     "refine": ("policies.refine", "refine", "Teach a reward model the clips by which a policy fooled it."),
     "detect": ("rbm.evaluation.uses_cli", "detect", "When does an attempt fail, when is it done."),
     "retrieve": ("rbm.evaluation.uses_cli", "retrieve_command", "Pick from a pool the trajectories that help a task."),
