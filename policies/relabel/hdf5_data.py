@@ -76,16 +76,19 @@ class HDF5Data:
 
     @property
     def cameras(self) -> Sequence[str]:
-        found: dict[str, None] = {}
+        why: list[str] = []
         for number in range(len(self)):
             try:
                 with self._demo(number) as demo:
-                    found |= {x: None for x in demo["obs"] if demo["obs"][x].ndim == 4 and _is_picture(demo["obs"][x])}
-            except Unusable:
+                    found = [x for x in demo["obs"] if demo["obs"][x].ndim == 4 and _is_picture(demo["obs"][x])]
+            except Unusable as error:
+                why.append(f"{self.name(number)}: {error}")
                 continue
             if found:
-                break
-        return list(found)
+                return found
+        if len(why) == len(self):
+            raise UserError(f"{self.path}: none of its {len(why)} demonstrations can be read; the first, {why[0]}")
+        return []
 
     def __len__(self) -> int:
         return len(self._names)

@@ -78,6 +78,8 @@ class LeRobotData:
         rows = self._rows(number)
         own = None if self._own is None else self._column(self._own).get(rows.index)
         ended = self._column("next.terminated").get(rows.index) if "next.terminated" in self._features else None
+        if self._own is not None and own is None:
+            raise Unusable(f"its column {self._own} cannot be read")
         if own is not None and len(own) != len(rows):
             raise Unusable(f"its column {self._own} has {len(own)} rows, not {len(rows)}")
         return Episode(
@@ -125,7 +127,7 @@ class LeRobotData:
                 try:
                     table = pq.read_table(path, columns=["episode_index", name])
                     numbers, values = table["episode_index"].to_numpy(), _scalars(table[name])
-                except (*_DAMAGED, KeyError):
+                except (*_DAMAGED, KeyError, ValueError, TypeError):
                     continue
                 found |= {int(number): values[numbers == number] for number in np.unique(numbers)}
             self._tables[name] = found

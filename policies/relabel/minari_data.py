@@ -1,10 +1,10 @@
 """Minari data sets, and a copy with other rewards.
 
 An episode of T steps has T+1 observations. Pictures are observations, or stand in a dict of them (`pixels`,
-`camera/front`): uint8 (H, W, 3) or (3, H, W). The copy is the data set's own files with `rewards` replaced; its infos
-have `env_rewards`, `progress`, `progress_std` and `success_probability`, T+1 rows each as infos have them: row t+1
-came with step t, row 0 with the reset (`env_rewards[0]` is 0). Episodes that cannot be read are not in the copy, and
-those after them are numbered on.
+`camera/front`), uint8 (H, W, 3) or (3, H, W), or are infos (`infos/render`), uint8 (H, W, 3). The copy is the data
+set's own files with `rewards` replaced; its infos have `env_rewards`, `progress`, `progress_std` and
+`success_probability`, T+1 rows each as infos have them: row t+1 came with step t, row 0 with the reset
+(`env_rewards[0]` is 0). Episodes that cannot be read are not in the copy, and those after them are numbered on.
 
 The instruction is `task`, `instruction`, `language_instruction` or `mission` among the observations, the infos, the
 metadata of an episode or of the data set.
@@ -31,6 +31,8 @@ from rbm.errors import UserError
 MARK = "relabelled"
 OBSERVATION = "observation"
 """Name of the camera where an observation is one picture."""
+
+INFOS = "infos"
 
 _METADATA = "metadata.json"
 _HDF5 = "main_data.hdf5"
@@ -67,6 +69,12 @@ class MinariData:
     transitions = True
 
     def __init__(self, folder: Path, task: str | None = None, by_id: bool = False) -> None:
+        for space in ("observation_space", "action_space"):
+            if space not in _metadata(folder):  # Minari would make the environment: run what the data names
+                raise UserError(
+                    f"Minari data set {folder}: its metadata does not say its {space}, and the environment that it may "
+                    "name is not run to find out: add it to metadata.json (minari.serialization.serialize_space)"
+                )
         try:
             from minari.dataset.minari_storage import MinariStorage
 
@@ -74,7 +82,7 @@ class MinariData:
             self._count = self._storage.total_episodes
         except ImportError as error:
             raise UserError(f"reading Minari data sets needs more ({error}): pip install 'robot-rbm[rl]'") from error
-        except Exception as error:  # its environment may be needed, and fail in any way
+        except (*_DAMAGED, NotImplementedError) as error:
             raise UserError(f"Minari data set {folder}: cannot be read: {_short(error)}") from error
         self.folder = folder
         self._by_id = by_id
@@ -85,7 +93,8 @@ class MinariData:
 
     @property
     def cameras(self) -> Sequence[str]:
-        return [path or OBSERVATION for path, space in self._spaces.items() if _is_picture(space)]
+        observed = [path or OBSERVATION for path, space in self._spaces.items() if _is_picture(space)]
+        return observed + [f"{INFOS}/{name}" for name in self._filmed()]
 
     def __len__(self) -> int:
         return self._count
@@ -105,10 +114,10 @@ class MinariData:
         found = self._episode(number)
         try:
             rewards, infos = np.asarray(found["rewards"]), found.get("infos") or {}
-            pictures = np.asarray(_at(found["observations"], self._camera))
+            pictures = self._pictures(found)
             own = np.asarray(infos["env_rewards"])[1:] if "env_rewards" in infos else None if self._again else rewards
             if len(pictures) != len(rewards) + 1 or (own is not None and own.shape != rewards.shape):
-                raise Unusable(f"it has {len(rewards)} rewards and {len(pictures)} observations, not one more")
+                raise Unusable(f"it has {len(rewards)} rewards and {len(pictures)} pictures, not one more")
             return Episode(
                 name=self.name(number),
                 task=self._task or self._instruction(number, found),
@@ -177,6 +186,23 @@ class MinariData:
         name = str(target.resolve().relative_to(Path(root).resolve())) if inside and root else target.name
         safe = "".join(c if c.isalnum() or c in "-_/" else "_" for c in name)
         return safe if safe.rpartition("-v")[2].isdigit() else f"{safe}-v0"
+
+    def _filmed(self) -> list[str]:
+        """Names of the infos that are pictures, in the first episode that can be read."""
+        for number in range(len(self)):
+            try:
+                infos = self._episode(number).get("infos") or {}
+            except Unusable:
+                continue
+            arrays = {name: rows for name, rows in infos.items() if isinstance(rows, np.ndarray)}
+            return [name for name, x in arrays.items() if x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] == 3]
+        return []
+
+    def _pictures(self, found: Mapping[str, Any]) -> NDArray[Any]:
+        inside = self._camera.partition("/")[2]
+        if self._camera not in self._spaces and self._camera == f"{INFOS}/{inside}":
+            return np.asarray(found["infos"][inside])
+        return np.asarray(_at(found["observations"], self._camera))
 
     def _episode(self, number: int) -> dict[str, Any]:
         if self._read is None or self._read[0] != number:
@@ -252,7 +278,7 @@ def _write_hdf5(path: Path, labels: Mapping[int, Labels], count: int) -> None:
         new = {number: place for place, number in enumerate(labels)}
         for number in range(count):
             if number not in new:
-                del file[f"episode_{number}"]
+                file.pop(f"episode_{number}", None)
                 continue
             if new[number] != number:
                 file.move(f"episode_{number}", f"episode_{new[number]}")

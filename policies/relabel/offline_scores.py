@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -19,6 +19,7 @@ from rbm.evaluation.bulk import fingerprint
 from rbm.evaluation.bulk_sources import BLOCK_FRAMES, Looks
 from rbm.scoring.client import Client, ClientError
 from rbm.scoring.scorer import Scorer
+from rbm.scoring.scores import FrameScore
 from rbm.scoring.sessions import SessionPool
 from rbm.video import stored_frames
 
@@ -28,6 +29,9 @@ Pictures = Callable[[NDArray[np.int64]], Iterator[Picture]]
 """Gives uint8 (H, W, 3) at rising positions of an episode."""
 
 _ARRAYS = ("progress", "progress_std", "success")
+
+WHOLE_BYTES, HEADER_BYTES = 64 * 2**20, 2**16
+"""The most bytes of one request where a server does not say, and what of them is not frames."""
 
 
 class Unusable(UserError):
@@ -108,7 +112,11 @@ class LocalScores:
 
 
 class RemoteScores:
-    """A scoring server (`rbm serve`); an episode is sent whole, in the size in which a model looks at it."""
+    """A scoring server (`rbm serve`); frames are sent in the size in which a model looks at them.
+
+    An episode goes whole in one request. One that is too long for that goes through a live session in blocks, which
+    scores every frame, whatever `every` is.
+    """
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -123,9 +131,27 @@ class RemoteScores:
         return json.dumps({name: self._info.get(name) for name in known}, sort_keys=True)
 
     def of(self, name: str, pictures: Pictures, count: int, task: str, every: int, camera: str) -> Found:
-        frames = np.stack(list(_checked(pictures, np.arange(count))))
+        shown = _checked(pictures, np.arange(count))
+        first = next(shown)
+        shown = chain([first], shown)
+        limits = self._info.get("limits") or {}
+        most = int(limits.get("body_bytes", WHOLE_BYTES)) - HEADER_BYTES
+        if count * first.nbytes > most or count > int(limits.get("frames", count)):
+            return self._in_blocks(shown, np.unique([*range(0, count, every), count - 1]), task)
+        frames = np.stack(list(shown))
         scores = self._asked(lambda: self.client.score(frames, task, every=every))
         return Found(scores.frame_index.astype(np.int64), scores.progress, scores.progress_std, scores.success)
+
+    def _in_blocks(self, shown: Iterator[Picture], wanted: NDArray[np.int64], task: str) -> Found:
+        def pushed() -> list[FrameScore]:
+            with self.client.stream(task) as session:
+                said = []
+                while block := list(islice(shown, BLOCK_FRAMES)):
+                    said += session.push_many(np.stack(block))
+            return said
+
+        said = self._asked(pushed)
+        return Found(wanted, *(np.array([getattr(said[at], x) for at in wanted], np.float32) for x in _ARRAYS))
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
         try:

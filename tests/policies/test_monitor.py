@@ -29,7 +29,15 @@ def test_score_and_success_part_above_the_share_of_a_whole_window(tmp_path: Path
     # wrong judgements in the last four: –, –, –, 2, 2, 1, 1; a quarter is not above a quarter
     assert said == [False, False, False, True, True, False, False]
     watched = read_monitor(tmp_path)
-    assert [episode.clip for episode in watched] == [None, "clips/000001.mp4", None, "clips/000003.mp4", None, None, None]
+    assert [episode.clip for episode in watched] == [
+        None,
+        "clips/000001.mp4",
+        None,
+        "clips/000003.mp4",
+        None,
+        None,
+        None,
+    ]
     video = VideoFile(tmp_path / "clips" / "000001.mp4")
     assert video.n_frames == 3
     label = json.loads((tmp_path / "clips" / "000001.json").read_text())
