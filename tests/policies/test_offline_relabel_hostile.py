@@ -179,5 +179,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, judge_checkpoint, judge_scorer):
     assert relabel(open_data(path), whole, scores, Labelling()).kept == 0
     with h5py.File(out) as a, h5py.File(whole) as b:
         for k in range(5):
-            np.testing.assert_array_equal(a[f"data/demo_{k}/rewards"][()], b[f"data/demo_{k}/rewards"][()])
+            # the killed process had another number of threads, which rounds otherwise
+            a_rewards, b_rewards = (file[f"data/demo_{k}/rewards"][()] for file in (a, b))
+            np.testing.assert_allclose(a_rewards, b_rewards, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.hdf5", "out.hdf5", "whole.hdf5"]
