@@ -101,11 +101,12 @@ def _online(config: dict[str, Any]) -> dict[str, Any]:
 
 def _offline(config: dict[str, Any]) -> dict[str, Any]:
     from policies.offline.run import run as run_offline
-    from rbm.scoring import Scorer
 
-    shared = {key: config[key] for key in ("policy", "task", "reward", "run_dir", "seed", "threads", "shaping")}
-    scorer = None if config["checkpoint"] is None else Scorer.from_pretrained(config["checkpoint"])
-    return run_offline({**shared, **config["offline"]}, scorer, lambda text: click.echo(text, err=True))
+    shared = {
+        key: config[key]
+        for key in ("policy", "task", "reward", "run_dir", "seed", "threads", "shaping", "checkpoint")
+    }
+    return run_offline({**shared, **config["offline"]}, lambda text: click.echo(text, err=True))
 
 
 def _tell(line: dict[str, Any]) -> None:

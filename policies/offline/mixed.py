@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dataset_builder.metaworld.plans import MESSY, PLANS, Plan, Robot
@@ -193,7 +194,7 @@ class Mixed:
 def make_mixed(
     recipe: Recipe, folder: Path, scorer: Scorer | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Mixed:
-    """The data set of a recipe: read from `folder`, or made there; a build that was stopped goes on.
+    """The data set of a recipe and a reward model: read from `folder`, or made there; a stopped build goes on.
 
     Args:
         recipe: what it is made of.
@@ -205,15 +206,15 @@ def make_mixed(
         UserError: the plans hardly ever end as wanted, the model cannot read the task's instruction.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(recipe), sort_keys=True)
-    name = f"{recipe.task}-{zlib.crc32(text.encode()):08x}"
-    whole = folder / f"{name}.npz"
-    if whole.exists():
-        return Mixed.load(whole)
     if scorer is None:
         from rbm.scoring import Scorer
 
         scorer = Scorer.from_pretrained()
+    text = json.dumps({**asdict(recipe), "weights": f"{_weights_crc(scorer):08x}"}, sort_keys=True)
+    name = f"{recipe.task}-{zlib.crc32(text.encode()):08x}"
+    whole = folder / f"{name}.npz"
+    if whole.exists():
+        return Mixed.load(whole)
     found = _continue(recipe, folder / f"{name}.parts", scorer, say)
     found.save(whole)
     with whole_file(folder / f"{name}.json") as temporary:
@@ -221,6 +222,14 @@ def make_mixed(
     for part in sorted((folder / f"{name}.parts").glob("*.npz")):
         part.unlink()
     return found
+
+
+def _weights_crc(scorer: Scorer) -> int:
+    """Of all parameters, so that another model's scores are never taken for this one's."""
+    crc = 0
+    for _, tensor in sorted(scorer.model.state_dict().items()):
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def _continue(recipe: Recipe, parts: Path, scorer: Scorer, say: Callable[[str], None]) -> Mixed:

@@ -32,11 +32,10 @@ from policies.offline.mixed import REWARDS, Mixed, Recipe, make_mixed
 from policies.shaping import Shaping
 from rbm.errors import UserError
 from rbm.output import whole_file
+from rbm.scoring import Scorer
 
 if TYPE_CHECKING:
     from policies.offline.actor import Actor
-    from rbm.scoring import Scorer
-
 ALGORITHMS = {
     "cloning": "policies.offline.cloning.Cloning",
     "filtered": "policies.offline.cloning.FilteredCloning",
@@ -82,6 +81,7 @@ class Config:
         policy: the algorithm and its numbers (`conf/policy/offline`).
         task: of Meta-World.
         reward: `learned`, `sparse`, `dense` or `none`.
+        checkpoint: folder of the reward model that scores the data set; none for the shipped weights.
         seed: of weights, draws and evaluation scenes; not of the data.
         run_dir, data_dir: folders of the run, and of data sets.
         recipe: numbers of the data set's `Recipe`, but the task.
@@ -97,6 +97,7 @@ class Config:
     run_dir: str
     data_dir: str
     reward: str = "learned"
+    checkpoint: str | None = None
     seed: int = 0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     successes: int | None = None
@@ -149,14 +150,11 @@ def _attempt(actor: Actor, recipe: Recipe, scene: int) -> bool:
     return False
 
 
-def run(
-    cfg: Mapping[str, Any] | Config, scorer: Scorer | None = None, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def run(cfg: Mapping[str, Any] | Config, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Make or continue a run; a finished one is only read.
 
     Args:
         cfg: see `Config`; also what Hydra composes.
-        scorer: the reward model for a data set that is not there yet; none for the shipped weights.
         say: is told how far it has come.
 
     Returns:
@@ -176,6 +174,7 @@ def run(
         found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return found
     torch.set_num_threads(config.threads)
+    scorer = Scorer.from_pretrained(config.checkpoint)
     mixed = make_mixed(recipe, Path(config.data_dir), scorer, say).take(config.successes)
     learning, seconds = _learn(config, algorithm, mixed, recipe, folder, say)
     started = time.monotonic()

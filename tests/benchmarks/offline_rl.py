@@ -41,7 +41,7 @@ RECIPE = {"successes": 20, "failures": 180}
 
 
 def configurations(
-    out: Path, tasks: list[str], seeds: int, successes: int, arms: list[tuple[str, ...]]
+    out: Path, judge: str | None, tasks: list[str], seeds: int, successes: int, arms: list[tuple[str, ...]]
 ) -> Iterator[dict[str, Any]]:
     """Of all runs, those of the headline first."""
     first = [arm for arm in arms if arm in ARMS[:5]]
@@ -53,6 +53,7 @@ def configurations(
                         "policy": compose(f"policy/offline/{algorithm}")["policy"]["offline"],
                         "task": task,
                         "reward": reward,
+                        "checkpoint": judge,
                         "seed": seed,
                         "run_dir": str(out / f"{task}-{algorithm}-{reward}-{successes}-{seed}"),
                         "data_dir": str(out / "data"),
@@ -89,6 +90,7 @@ def _spread(rates: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--judge", help="folder of the reward model; default: the shipped weights")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--successes", type=int, default=4, help="of the data set, beside its 180 failures")
@@ -99,7 +101,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     arms = [tuple(arm.split("/")) for arm in given.arms]
     results = []
-    for configuration in configurations(given.out, given.tasks, given.seeds, given.successes, arms):
+    for configuration in configurations(given.out, given.judge, given.tasks, given.seeds, given.successes, arms):
         if not given.summary:
             results.append(run(configuration, say=lambda text: print(text, flush=True)))
         elif (found := Path(configuration["run_dir"], "result.json")).exists():

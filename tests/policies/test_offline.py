@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from policies.shaping import Shaping
 from policies.transitions import Transitions
 from rbm.config import compose, instantiate
 from rbm.errors import UserError
+from rbm.model import RewardModel
 from rbm.scoring import Scorer
 
 TINY: dict[str, Any] = {"hidden": (16,), "batch": 32, "rate": 3e-3}
@@ -408,7 +410,12 @@ def test_a_data_set_that_was_stopped_goes_on(
     assert not list(tmp_path.glob("**/*-0*.npz.parts/*.npz"))
 
 
-def configuration(run_dir: Path, data_dir: Path, **changed: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def configuration(judge_checkpoint: Path) -> Callable[..., dict[str, Any]]:
+    return partial(_configuration, checkpoint=str(judge_checkpoint))
+
+
+def _configuration(run_dir: Path, data_dir: Path, **changed: Any) -> dict[str, Any]:
     return {
         "policy": {"name": "iql", **TINY, "steps": 30},
         "task": "faucet-open",
@@ -426,7 +433,9 @@ def without_times(text: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in text.splitlines()]
 
 
-def test_a_run_and_one_that_was_stopped_are_the_same(data_dir: Path, tmp_path: Path) -> None:
+def test_a_run_and_one_that_was_stopped_are_the_same(
+    configuration: Callable[..., dict[str, Any]], data_dir: Path, tmp_path: Path
+) -> None:
     told = run(configuration(tmp_path / "whole", data_dir))
     assert told.keys() >= {"task", "algorithm", "reward", "seed", "success_rate", "episodes", "seconds", "steps"}
     assert (told["algorithm"], told["reward"], told["steps"], told["transitions"]) == ("iql", "learned", 30, 120)
@@ -462,7 +471,21 @@ def test_a_run_and_one_that_was_stopped_are_the_same(data_dir: Path, tmp_path: P
         run(configuration(tmp_path / "whole", data_dir, seed=1))
 
 
-def test_hydras_configuration_runs(data_dir: Path, tmp_path: Path) -> None:
+def test_another_models_scores_are_not_taken(judge_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = Recipe("faucet-open", successes=0, failures=1, steps=4, repeat=1)
+    model = RewardModel.from_pretrained(str(judge_checkpoint))
+    one = make_mixed(recipe, tmp_path, Scorer(model, device="cpu"))
+    with torch.no_grad():
+        list(model.progress_head.parameters())[-1][0] += 3
+    other = make_mixed(recipe, tmp_path, Scorer(model, device="cpu"))
+    np.testing.assert_array_equal(one.actions, other.actions)
+    assert (one.progress != other.progress).all()
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+def test_hydras_configuration_runs(
+    configuration: Callable[..., dict[str, Any]], data_dir: Path, tmp_path: Path
+) -> None:
     from omegaconf import OmegaConf
 
     node = compose("policy/offline/filtered").policy.offline
