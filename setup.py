@@ -2,8 +2,10 @@
 
 from setuptools import find_packages, setup
 
+OURS = ("rbm", "dataset_builder", "policies")
+
 configuration = ["rbm.conf", *(f"rbm.conf.{name}" for name in find_packages("conf"))]
 setup(
-    packages=[*find_packages(include=["rbm", "rbm.*", "dataset_builder", "dataset_builder.*", "policies", "policies.*"]), *configuration],
+    packages=[*find_packages(include=[f"{name}{below}" for name in OURS for below in ("", ".*")]), *configuration],
     package_dir={"rbm.conf": "conf"},
 )

@@ -103,8 +103,7 @@ def _offline(config: dict[str, Any]) -> dict[str, Any]:
     from policies.offline.run import run as run_offline
 
     shared = {
-        key: config[key]
-        for key in ("policy", "task", "reward", "run_dir", "seed", "threads", "shaping", "checkpoint")
+        key: config[key] for key in ("policy", "task", "reward", "run_dir", "seed", "threads", "shaping", "checkpoint")
     }
     return run_offline({**shared, **config["offline"]}, lambda text: click.echo(text, err=True))
 

@@ -44,11 +44,12 @@ from rbm.errors import UserError
 )
 @click.option(
     "--vote",
-    default="3,5,0.5",
+    default="3/5",
     show_default=True,
-    metavar="K,N,THRESHOLD",
+    metavar="K/N",
     help="Done: K of the last N scored frames reach the threshold.",
 )
+@click.option("--threshold", default=0.5, show_default=True, help="Of the success probability, for the vote.")
 @click.option(
     "--checkpoint",
     help="A trained model: folder, file, or id on the Hugging Face hub; without it, the nano weights shipped here.",
@@ -80,6 +81,7 @@ def relabel(
     pessimism: float,
     success_bonus: float,
     vote: str,
+    threshold: float,
     checkpoint: str | None,
     server: str | None,
     scores: Path | None,
@@ -103,17 +105,18 @@ def relabel(
       rbm relabel data/lift.hdf5 --out data/lift_rm.hdf5 --task "lift the cube"
       rbm relabel mine/door-v0 --out mine/door-relabelled-v0 --form potential --gamma 0.98
       rbm relabel data/aloha --out data/aloha_rm --camera top --every 5 --server http://127.0.0.1:8000
-      rbm relabel data/corpus --out mixed.npz --form minus_one --success-bonus 1 --vote 3,5,0.5
+      rbm relabel data/corpus --out mixed.npz --form minus_one --success-bonus 1 --vote 3/5
     """
     from policies.relabel.offline import Labelling, LocalScores, RemoteScores, Scores, open_data
     from policies.relabel.offline import relabel as run
     from rbm.scoring.client import Client
     from rbm.scoring.scorer import Scorer
+    from rbm.scoring.vote import parse_vote
 
     if server is not None and checkpoint is not None:
         raise UserError("--checkpoint is for a model here and --server for one elsewhere: give one of them")
     shaping = Shaping(form, gamma, scale, success_bonus, pessimism)  # type: ignore[arg-type]
-    labelling = Labelling(shaping, every, between, _vote(vote))  # type: ignore[arg-type]
+    labelling = Labelling(shaping, every, between, (*parse_vote(vote), threshold))  # type: ignore[arg-type]
     data = open_data(source, task)
     client = None if server is None else Client(server, token=os.environ.get("RBM_TOKEN") or None)
     try:
@@ -147,17 +150,6 @@ def relabel(
         f"done by vote: {outcome.done}"
     )
     click.echo(json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) if as_json else outcome.target)
-
-
-def _vote(text: str) -> tuple[int, int, float]:
-    parts = text.split(",")
-    try:
-        k, n, threshold = int(parts[0]), int(parts[1]), float(parts[2])
-    except (ValueError, IndexError):
-        parts = []
-    if len(parts) != 3:
-        raise UserError(f"--vote {text!r} is not K,N,THRESHOLD such as 3,5,0.5")
-    return k, n, threshold
 
 
 @contextmanager

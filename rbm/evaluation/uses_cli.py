@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from rbm.evaluation.retrieval import By, QuerySource, near_tasks, read_pool, ret
 from rbm.evaluation.successes import SuccessRule, detect_successes
 from rbm.output import check_target, whole_file
 from rbm.scoring.scorer import Scorer, check_task
+from rbm.scoring.vote import parse_vote
 
 _ROWS = 20
 """Rows of a printed table; --json has them all."""
@@ -189,7 +189,7 @@ def success(
       rbm detect success data/rollouts --limits limits.json --json done.json
     """
     _check_json(json_path, source)
-    rule = SuccessRule(*_vote_of(vote), threshold)
+    rule = SuccessRule(*parse_vote(vote), threshold)
     rules = None if limits is None else FailureLimits.load(limits).done
     attempts = _attempts(source, task, corpus_place, scores, every, checkpoint, device, workers)
     out = Console(stderr=json_path == "-")
@@ -380,7 +380,7 @@ def filter_command(
             and (is_scores(Path(source)) or find_videos(Path(source)))
         ):
             raise UserError(f"--out {out} is a selection of a corpus: say which with --corpus, or give a .txt")
-    rule = SuccessRule(*_vote_of(vote), threshold)
+    rule = SuccessRule(*parse_vote(vote), threshold)
     attempts = _attempts(source, task, corpus_place, scores, every, checkpoint, device, workers)
     kept = filter_trajectories(attempts, wanted, rule, min_worth)
     found = evaluate_filter(attempts, kept)
@@ -491,13 +491,6 @@ def _show(
 
 def _entry(attempt: ScoredAttempt) -> dict[str, Any]:
     return {"id": attempt.id, "task": attempt.task, "succeeded": attempt.succeeded, "done": attempt.done}
-
-
-def _vote_of(given: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", given)
-    if not found:
-        raise UserError(f"--vote {given}: write K/N, such as 3/5")
-    return int(found[1]), int(found[2])
 
 
 def _check_json(json_path: str | None, source: str) -> None:

@@ -21,7 +21,7 @@ from rbm.scoring.overlay import MAX_FRAMES, write_overlay
 from rbm.scoring.scorer import Scorer, check_task
 from rbm.scoring.scores import Scores
 from rbm.scoring.views import Video
-from rbm.scoring.vote import SuccessVote
+from rbm.scoring.vote import parse_vote
 from rbm.video import VideoFile, stored_clip
 
 _task = click.option("--task", required=True, help="The instruction, such as 'open the drawer'.")
@@ -87,7 +87,7 @@ def score(
       rbm score near.mp4 --view wrist=wrist.mp4 --task "open the drawer" --checkpoint runs/two_views/model
     """
     check_task(task)
-    k, n = _vote(vote)
+    k, n = parse_vote(vote)
     others = _other_views(views, videos)
     _check_outputs((*videos, *others.values()), json_path, plot_path, video_path, len(videos))
     scorer = Scorer.from_pretrained(checkpoint, device, dtype)
@@ -221,15 +221,6 @@ def _check_outputs(
 def _console(json_path: str | None) -> Console:
     """Where the tables go: not in between JSON."""
     return Console(stderr=json_path == "-")
-
-
-def _vote(given: str) -> tuple[int, int]:
-    """K and N of `--vote K/N`."""
-    found = re.fullmatch(r"(\d+)/(\d+)", given)
-    if not found:
-        raise UserError(f"--vote {given}: write K/N, such as 3/5")
-    SuccessVote(int(found[1]), int(found[2]))  # says what is wrong with them
-    return int(found[1]), int(found[2])
 
 
 def _summary(scores: Scores, done_frame: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 
 import numpy as np
@@ -34,6 +35,19 @@ class SuccessVote:
 
     def reset(self) -> None:
         self._last.clear()
+
+
+def parse_vote(given: str) -> tuple[int, int]:
+    """k and n of "K/N", as commands take a vote.
+
+    Raises:
+        UserError: it is none, or cannot be held.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if not found:
+        raise UserError(f"--vote {given}: write K/N, such as 3/5")
+    SuccessVote(int(found[1]), int(found[2]))  # says what is wrong with them
+    return int(found[1]), int(found[2])
 
 
 def vote(success: NDArray[np.floating], k: int = 3, n: int = 5, threshold: float = 0.5) -> NDArray[np.bool_]:

@@ -101,8 +101,8 @@ def test_pessimism_bonus_and_hold(tmp_path, judge_scorer, run):
     value = phi[[0, 0, 0, 1, 1, 1, 2, 2, 3]]
     wanted = np.diff(value)
     wanted[scores.frame_index[done] - 1] += 5
-    vote = f"2,4,{threshold!r}"
-    said = run(source, out=out, every=3, between="hold", pessimism=0.5, success_bonus=5, vote=vote)
+    votes = {"vote": "2/4", "threshold": repr(threshold)}
+    said = run(source, out=out, every=3, between="hold", pessimism=0.5, success_bonus=5, **votes)
     assert said["done"] == 1
     with h5py.File(out) as file:
         np.testing.assert_allclose(file["data/demo_0/rewards"][()], wanted, atol=1e-5)

@@ -168,10 +168,10 @@ def test_broken_hdf5(tmp_path, run, damage):
 def test_options_that_make_no_sense(tmp_path, run):
     path = write_hdf5(tmp_path / "in.hdf5", (4,))
     out = ("--out", tmp_path / "out.hdf5")
-    with pytest.raises(UserError, match="not K,N,THRESHOLD"):
-        run(path, *out, "--vote", "3/5")
+    with pytest.raises(UserError, match="write K/N"):
+        run(path, *out, "--vote", "3,5,0.5")
     with pytest.raises(UserError, match="a vote of 6 of 5 frames"):
-        run(path, *out, "--vote", "6,5,0.5")
+        run(path, *out, "--vote", "6/5")
     with pytest.raises(UserError, match="give one of them"):
         run(path, *out, "--server", "http://127.0.0.1:1")
     with pytest.raises(UserError, match="gamma=2"):
