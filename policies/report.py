@@ -1,15 +1,16 @@
 """`rbm report rl`: what a folder of runs came to, as a table, figures and one JSON file.
 
 A run is a folder with `config.json`, `curve.jsonl` and, once it is finished, `result.json`: `policies.online`,
-`policies.offline` and `policies.planning` all write them. Runs that differ in their seed alone are one line.
+`policies.offline` and `policies.planning` all write them. Runs that differ in their seed alone are one line; where
+others of the same algorithm, task and reward differ in more, what they differ in is told.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from rbm.output import whole_file
 
 COLOURS = {"learned": "#0072B2", "sparse": "#E69F00", "dense": "#009E73", "none": "#777777"}
 ORDER = tuple(COLOURS)
+STYLES = ("-", "--", ":", "-.")
+
+_ELSEWHERE = ("seed", "run_dir", "data_dir", "threads", "offline.data_dir")
+"""Keys of a configuration in which the runs of a line may differ."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class FinishedRun:
         result: `result.json`.
         steps, success: the curve; success is nan where a point of it has none.
         watched: what a monitor said of each training episode.
+        config: `config.json`, a value for each dotted key.
+        variant: in what it differs from others of its algorithm, task and reward, as `key=value, …`; mostly empty.
     """
 
     name: str
@@ -40,11 +47,18 @@ class FinishedRun:
     steps: list[int]
     success: list[float]
     watched: list[Watched] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Algorithm, task, reward."""
         return str(self.result["algorithm"]), str(self.result["task"]), str(self.result["reward"])
+
+    @property
+    def label(self) -> str:
+        """Reward and variant."""
+        return f"{self.key[2]} ({self.variant})" if self.variant else self.key[2]
 
 
 def read_runs(folder: Path) -> tuple[list[FinishedRun], list[str]]:
@@ -65,24 +79,55 @@ def read_runs(folder: Path) -> tuple[list[FinishedRun], list[str]]:
             curve = place / "curve.jsonl"
             lines = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
             points = [(line["step"], line.get("success_rate", float("nan"))) for line in lines]
-            run = FinishedRun(name, result, [p[0] for p in points], [p[1] for p in points], read_monitor(place))
-            finished.append(run)
+            told = _flat(json.loads(config.read_text()))
+            steps, success = [p[0] for p in points], [p[1] for p in points]
+            run = FinishedRun(name, result, steps, success, read_monitor(place), told)
             assert run.key
+            finished.append(run)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{place} is damaged: delete it, or run it again ({error})") from error
     if not finished and not unfinished:
         raise UserError(f"no runs in {folder}: `rbm rl run_dir={folder}/…` makes them")
-    return finished, unfinished
+    return _told_apart(finished), unfinished
 
 
-def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """A line for each algorithm, task and reward: success over seeds (mean, lowest, highest), in the order of tasks."""
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
+    return found
+
+
+def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The same with their variants."""
     groups: dict[tuple[str, str, str], list[FinishedRun]] = defaultdict(list)
     for run in runs:
         groups[run.key].append(run)
+    found = []
+    for run in runs:
+        group = groups[run.key]
+        keys = sorted({key for other in group for key in other.config} - set(_ELSEWHERE))
+        differ = [key for key in keys if any(other.config.get(key) != group[0].config.get(key) for other in group)]
+        said = [f"{key.rpartition('.')[2]}={_short(run.config.get(key))}" for key in differ]
+        found.append(replace(run, variant=", ".join(said)))
+    return found
+
+
+def _short(value: Any) -> str:
+    """A value; of a path its last two parts, which say enough and not whose machine it was."""
+    text = "none" if value is None else str(value)
+    return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
+
+
+def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """A line for each algorithm, task, reward, variant, in this order: success over seeds (mean, lowest, highest)."""
+    groups: dict[tuple[str, str, str, str], list[FinishedRun]] = defaultdict(list)
+    for run in runs:
+        groups[*run.key, run.variant].append(run)
     lines = []
-    for algorithm, task, reward in sorted(groups, key=lambda key: (key[0], key[1], ORDER.index(key[2]))):
-        group = groups[algorithm, task, reward]
+    for key in sorted(groups, key=lambda key: (key[0], key[1], ORDER.index(key[2]), key[3])):
+        group = groups[key]
+        algorithm, task, reward, variant = key
         rates = [float(run.result["success_rate"]) for run in group]
         bases = [run.result["base"] for run in group if run.result.get("base") is not None]
         lines.append(
@@ -90,6 +135,7 @@ def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
                 "algorithm": algorithm,
                 "task": task,
                 "reward": reward,
+                "variant": variant,
                 "seeds": sorted(int(run.result["seed"]) for run in group),
                 "success": float(np.mean(rates)),
                 "lowest": min(rates),
@@ -107,8 +153,9 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     for line in lines:
         before = "–" if line["before"] is None else f"{line['before']:.2f}"
         spread = f"{line['success']:.2f} ({line['lowest']:.2f} to {line['highest']:.2f})"
+        reward = f"{line['reward']} ({line['variant']})" if line["variant"] else line["reward"]
         found.append(
-            f"| {line['algorithm']} | {line['task']} | {line['reward']} | {len(line['seeds'])} | {before} | {spread} | "
+            f"| {line['algorithm']} | {line['task']} | {reward} | {len(line['seeds'])} | {before} | {spread} | "
             f"{line['minutes']:.1f} |"
         )
     return "\n".join(found)
@@ -116,23 +163,20 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> None:
     """One panel a task, one colour a reward: the mean over seeds, and lowest to highest as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     mine = [run for run in runs if run.key[0] == algorithm and run.steps]
     tasks = sorted({run.key[1] for run in mine})
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.0), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for reward in ORDER:
-            group = [run for run in mine if run.key[1:] == (task, reward)]
-            if not group:
-                continue
-            steps = np.linspace(0, min(run.steps[-1] for run in group), 41)
-            curves = np.array([np.interp(steps, run.steps, run.success) for run in group])
-            axis.plot(steps, curves.mean(0), color=COLOURS[reward], label=reward)
-            axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[reward], alpha=0.15, lw=0)
+            of_reward = [run for run in mine if run.key[1:] == (task, reward)]
+            for number, label in enumerate(sorted({run.label for run in of_reward})):
+                group = [run for run in of_reward if run.label == label]
+                steps = np.linspace(0, min(run.steps[-1] for run in group), 41)
+                curves = np.array([np.interp(steps, run.steps, run.success) for run in group])
+                style = STYLES[number % len(STYLES)]
+                axis.plot(steps, curves.mean(0), style, color=COLOURS[reward], label=label)
+                axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[reward], alpha=0.15, lw=0)
         axis.set_title(task, fontsize=10)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.2)
@@ -146,32 +190,36 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
     plt.close(figure)
 
 
-def plot_watched(run: FinishedRun, target: Path, window: int = 20) -> None:
-    """What the judge said against what was true, over training episodes; running means over `window`."""
+def plot_watched(runs: Sequence[FinishedRun], target: Path, window: int = 20) -> None:
+    """What the judge said against what was true, over training episodes, a panel a run; means of the last `window`."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(runs), 1, figsize=(6.4, 0.6 + 1.8 * len(runs)), sharex=True, squeeze=False)
+    for axis, run in zip(axes[:, 0], runs, strict=True):
+        for name, colour, label in (("judged", "#D55E00", "judged done"), ("success", "#009E73", "truly done")):
+            values = np.array([getattr(episode, name) for episode in run.watched], float)
+            width = min(window, len(values))
+            means = np.convolve(values, np.ones(width) / width, "valid")
+            axis.plot(np.arange(width - 1, len(values)), means, color=colour, label=label)
+        parted = np.array([episode.diverged for episode in run.watched])
+        axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
+        axis.set_ylim(-0.02, 1.02)
+        axis.set_title(f"{run.name}: {run.label}", fontsize=8, loc="left")
+        axis.grid(alpha=0.2)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[-1][0].set_xlabel("training episode (shaded: the monitor says that score and success part)", fontsize=8)
+    figure.tight_layout()
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    judged = np.array([episode.judged for episode in run.watched], float)
-    true = np.array([episode.success for episode in run.watched], float)
-    width = min(window, len(judged))
-    mean = np.ones(width) / width
-    numbers = np.arange(width - 1, len(judged))
-    figure, axis = plt.subplots(figsize=(6, 2.8))
-    axis.plot(numbers, np.convolve(judged, mean, "valid"), color="#D55E00", label="judged done")
-    axis.plot(numbers, np.convolve(true, mean, "valid"), color="#009E73", label="truly done")
-    parted = np.array([episode.diverged for episode in run.watched])
-    axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
-    axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel("training episode")
-    axis.set_title(f"{run.name} (shaded: the monitor says that they part)", fontsize=9)
-    axis.grid(alpha=0.2)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    with whole_file(target) as temporary:
-        figure.savefig(temporary, dpi=130)
-    plt.close(figure)
+    return plt
 
 
 @click.command("rl")
@@ -180,8 +228,8 @@ def plot_watched(run: FinishedRun, target: Path, window: int = 20) -> None:
 def report_rl(folder: Path, out: Path | None) -> None:
     """Tables and figures of the policies that were trained in FOLDER.
 
-    Writes results.json (every curve), table.md, a figure for each algorithm, and one for each run in which score and
-    success parted.
+    Writes results.json (every curve), table.md, a figure for each algorithm, and, where score and success parted in a
+    run, one of all watched runs of its algorithm and task: what was judged done, and what was.
 
     \b
     Example:
@@ -194,7 +242,14 @@ def report_rl(folder: Path, out: Path | None) -> None:
     saved = {
         "table": lines,
         "runs": [
-            {"name": run.name, "result": run.result, "steps": run.steps, "success_rate": run.success} for run in runs
+            {
+                "name": run.name,
+                "result": run.result,
+                "variant": run.variant,
+                "steps": run.steps,
+                "success_rate": run.success,
+            }
+            for run in runs
         ],
     }
     with whole_file(target / "results.json") as temporary:
@@ -203,9 +258,10 @@ def report_rl(folder: Path, out: Path | None) -> None:
         temporary.write_text(markdown(lines) + "\n")
     for algorithm in sorted({run.key[0] for run in runs if run.steps}):
         plot_curves(runs, algorithm, target / f"{algorithm}.png")
-    for run in runs:
-        if any(episode.diverged for episode in run.watched):
-            plot_watched(run, target / f"parted_{run.name.replace('/', '_')}.png")
+    parted = {run.key[:2] for run in runs if any(episode.diverged for episode in run.watched)}
+    for algorithm, task in sorted(parted):
+        watched = [run for run in runs if run.key[:2] == (algorithm, task) and run.watched]
+        plot_watched(watched, target / f"watched_{algorithm}_{task}.png")
     click.echo(markdown(lines))
     if unfinished:
         click.echo(f"{len(unfinished)} not finished: {', '.join(unfinished)}", err=True)

@@ -96,6 +96,40 @@ def test_seeds_are_one_line_and_unfinished_runs_are_named(tmp_path: Path):
     assert (tmp_path / "report" / "dsrl.png").stat().st_size > 1000
 
 
+def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path):
+    for name, seed, pessimism in (("a", 0, 0.0), ("b", 1, 0.0), ("c", 0, 1.5)):
+        finished(tmp_path / name, "learned", seed, 0.5)
+        config = {"seed": seed, "shaping": {"pessimism": pessimism}, "checkpoint": "/home/someone/judge/model"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        watcher = Monitor(tmp_path / name, "push", window=2)
+        for episode in range(4):
+            watcher.episode(episode, episode, judged=True, success=name == "c", value=0.5, frames=[])
+    finished(tmp_path / "e", "sparse", 0, 0.5)
+    runs, _ = read_runs(tmp_path)
+    assert {run.name: run.label for run in runs} == {
+        "a": "learned (pessimism=0.0)",
+        "b": "learned (pessimism=0.0)",
+        "c": "learned (pessimism=1.5)",
+        "e": "sparse",
+    }
+    assert [(line["variant"], line["seeds"]) for line in table(runs)] == [
+        ("pessimism=0.0", [0, 1]),
+        ("pessimism=1.5", [0]),
+        ("", [0]),
+    ]
+    CliRunner().invoke(cli, ["report", "rl", str(tmp_path), "--out", str(tmp_path / "told")], catch_exceptions=False)
+    assert sorted(path.name for path in (tmp_path / "told").iterdir()) == [
+        "dsrl.png",
+        "results.json",
+        "table.md",
+        "watched_dsrl_push.png",
+    ]
+    (tmp_path / "c" / "config.json").write_text(json.dumps({"checkpoint": "/home/someone/other/model"}))
+    variants = {run.name: run.variant for run in read_runs(tmp_path)[0]}
+    assert variants["c"] == "checkpoint=other/model, pessimism=none"
+    assert variants["a"] == "checkpoint=judge/model, pessimism=0.0"
+
+
 def test_a_folder_without_runs_is_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="no runs in"):
         read_runs(tmp_path)
