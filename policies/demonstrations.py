@@ -65,9 +65,9 @@ def demonstrate(
     world = env.unwrapped
     if not isinstance(world, MetaWorld):
         raise UserError("only Meta-World has a scripted expert to demonstrate: give a policies.metaworld.MetaWorld")
-    rng = np.random.default_rng(seed)
     found = []
-    for _ in range(count):
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])  # one that ends sooner, under another reward, changes no other
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         expert = world.simulator.expert()
         angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, aside)

@@ -41,7 +41,7 @@ class World:
     action_repeat: int = 8
     checkpoint: str | None = None
     shaping: Shaping = field(default_factory=lambda: Shaping("minus_one"))
-    vote: tuple[int, int, float] = (2, 3, 0.5)
+    vote: tuple[int, int, float] = (1, 1, 0.5)
     every: int = 1
 
     def __post_init__(self) -> None:

@@ -114,6 +114,10 @@ def test_demonstrations_are_the_same_again_and_some_fail():
         assert len(demo.observations) == len(demo) + 1
         assert demo.terminated == demo.success
         assert demo.rewards[-1] == (0.0 if demo.success else -1.0)
+    longer = demonstrate(MetaWorld("window-close", max_steps=25, action_repeat=8, render_mode=None), 6, 3, 0.15)
+    assert any(len(long) > len(short) for long, short in zip(longer, shown, strict=True))
+    for long, short in zip(longer, shown, strict=True):  # an end that comes sooner changes nothing else
+        assert np.array_equal(long.actions[: len(short)], short.actions)
     with pytest.raises(UserError, match="ask for one at least"):
         demonstrate(env, 0, 0, 0.1)
 
