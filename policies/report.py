@@ -23,6 +23,8 @@ from rbm.output import whole_file
 
 COLOURS = {"learned": "#0072B2", "sparse": "#E69F00", "dense": "#009E73", "none": "#777777"}
 ORDER = tuple(COLOURS)
+GOOD = 0.8
+"""Success whose first moment the table tells."""
 STYLES = ("-", "--", ":", "-.")
 
 _ELSEWHERE = ("seed", "run_dir", "data_dir", "threads", "offline.data_dir")
@@ -54,6 +56,16 @@ class FinishedRun:
     def key(self) -> tuple[str, str, str]:
         """Algorithm, task, reward."""
         return str(self.result["algorithm"]), str(self.result["task"]), str(self.result["reward"])
+
+    def success_at(self, budget: int) -> float:
+        """Mean of the last three evaluations within so many steps of learning; nan where there is none."""
+        known = [rate for step, rate in zip(self.steps, self.success, strict=True) if step <= budget and rate == rate]
+        return float(np.mean(known[-3:])) if known else float("nan")
+
+    @property
+    def good_from(self) -> int | None:
+        """Steps at the first evaluation with a success of `GOOD`; none if there never was one."""
+        return next((step for step, rate in zip(self.steps, self.success, strict=True) if rate >= GOOD), None)
 
     @property
     def label(self) -> str:
@@ -119,8 +131,12 @@ def _short(value: Any) -> str:
     return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
 
 
-def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """A line for each algorithm, task, reward, variant, in this order: success over seeds (mean, lowest, highest)."""
+def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[str, Any]]:
+    """A line for each algorithm, task, reward, variant, in this order: success over seeds (mean, lowest, highest).
+
+    Args:
+        budget: tell also the success within so many steps.
+    """
     groups: dict[tuple[str, str, str, str], list[FinishedRun]] = defaultdict(list)
     for run in runs:
         groups[*run.key, run.variant].append(run)
@@ -130,6 +146,7 @@ def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         algorithm, task, reward, variant = key
         rates = [float(run.result["success_rate"]) for run in group]
         bases = [run.result["base"] for run in group if run.result.get("base") is not None]
+        good = [run.good_from for run in group if run.good_from is not None]
         lines.append(
             {
                 "algorithm": algorithm,
@@ -141,23 +158,35 @@ def table(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
                 "lowest": min(rates),
                 "highest": max(rates),
                 "before": float(np.mean(bases)) if bases else None,
+                "good_from": float(np.median(good)) if good else None,
+                "good_seeds": len(good),
+                **({} if budget is None else {"within": float(np.mean([run.success_at(budget) for run in group]))}),
                 "minutes": float(np.mean([run.result.get("seconds", float("nan")) for run in group])) / 60,
             }
         )
     return lines
 
 
-def markdown(lines: Sequence[dict[str, Any]]) -> str:
+def markdown(lines: Sequence[dict[str, Any]], budget: int | None = None) -> str:
     """The lines as a Markdown table."""
-    found = ["| algorithm | task | reward | seeds | before | success | minutes |", "| --- " * 7 + "|"]
+    heads = ["algorithm", "task", "reward", "seeds", "before", "success", f"steps to {GOOD:.0%} (seeds)", "minutes"]
+    if budget is not None:
+        heads.insert(5, f"within {budget:,} steps")
+    found = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for line in lines:
-        before = "–" if line["before"] is None else f"{line['before']:.2f}"
-        spread = f"{line['success']:.2f} ({line['lowest']:.2f} to {line['highest']:.2f})"
-        reward = f"{line['reward']} ({line['variant']})" if line["variant"] else line["reward"]
-        found.append(
-            f"| {line['algorithm']} | {line['task']} | {reward} | {len(line['seeds'])} | {before} | {spread} | "
-            f"{line['minutes']:.1f} |"
-        )
+        cells = [
+            line["algorithm"],
+            line["task"],
+            f"{line['reward']} ({line['variant']})" if line["variant"] else line["reward"],
+            str(len(line["seeds"])),
+            "–" if line["before"] is None else f"{line['before']:.2f}",
+            f"{line['success']:.2f} ({line['lowest']:.2f} to {line['highest']:.2f})",
+            "–" if line["good_from"] is None else f"{line['good_from']:,.0f} ({line['good_seeds']})",
+            f"{line['minutes']:.1f}",
+        ]
+        if budget is not None:
+            cells.insert(5, f"{line['within']:.2f}")
+        found.append(f"| {' | '.join(cells)} |")
     return "\n".join(found)
 
 
@@ -225,20 +254,25 @@ def _pyplot() -> Any:
 @click.command("rl")
 @click.argument("folder", default="runs", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write; default: FOLDER/report.")
-def report_rl(folder: Path, out: Path | None) -> None:
+@click.option("--at", "budget", type=click.IntRange(min=0), help="Also the success within so many steps of learning.")
+def report_rl(folder: Path, out: Path | None, budget: int | None) -> None:
     """Tables and figures of the policies that were trained in FOLDER.
 
     Writes results.json (every curve), table.md, a figure for each algorithm, and, where score and success parted in a
     run, one of all watched runs of its algorithm and task: what was judged done, and what was.
 
+    A step is a decision online and an update offline. Success is that of the last policy, or of the last three that
+    were evaluated online; "steps to 80%" is the first evaluation that good, the median of the seeds that have one.
+
     \b
-    Example:
+    Examples:
       rbm report rl runs --out docs/rl
+      rbm report rl runs --at 1000
     """
     runs, unfinished = read_runs(folder)
     target = out or folder / "report"
     target.mkdir(parents=True, exist_ok=True)
-    lines = table(runs)
+    lines = table(runs, budget)
     saved = {
         "table": lines,
         "runs": [
@@ -255,14 +289,14 @@ def report_rl(folder: Path, out: Path | None) -> None:
     with whole_file(target / "results.json") as temporary:
         temporary.write_text(json.dumps(saved) + "\n")
     with whole_file(target / "table.md") as temporary:
-        temporary.write_text(markdown(lines) + "\n")
+        temporary.write_text(markdown(lines, budget) + "\n")
     for algorithm in sorted({run.key[0] for run in runs if run.steps}):
         plot_curves(runs, algorithm, target / f"{algorithm}.png")
     parted = {run.key[:2] for run in runs if any(episode.diverged for episode in run.watched)}
     for algorithm, task in sorted(parted):
         watched = [run for run in runs if run.key[:2] == (algorithm, task) and run.watched]
         plot_watched(watched, target / f"watched_{algorithm}_{task}.png")
-    click.echo(markdown(lines))
+    click.echo(markdown(lines, budget))
     if unfinished:
         click.echo(f"{len(unfinished)} not finished: {', '.join(unfinished)}", err=True)
     click.echo(f"report: {target}", err=True)

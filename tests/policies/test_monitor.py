@@ -90,7 +90,12 @@ def test_seeds_are_one_line_and_unfinished_runs_are_named(tmp_path: Path):
     assert learned["seeds"] == [0, 1, 2]
     assert learned["minutes"] == 2
     assert sparse["before"] is None
-    assert "| dsrl | push | learned | 3 | 0.25 | 0.75 (0.50 to 1.00) | 2.0 |" in markdown([learned, sparse])
+    assert (learned["good_from"], learned["good_seeds"], sparse["good_from"]) == (10, 1, None)
+    assert "| dsrl | push | learned | 3 | 0.25 | 0.75 (0.50 to 1.00) | 10 (1) | 2.0 |" in markdown([learned, sparse])
+    assert [line["within"] for line in table(runs, 9)] == [0.25, 0.25]
+    within = table(runs, 10)  # (.25 + .5) / 2, (.25 + .75) / 2, (.25 + 1) / 2
+    assert within[0]["within"] == pytest.approx(0.5)
+    assert "| 0.25 | 0.50 | 0.75 (0.50 to 1.00) |" in markdown(within, 10)
     done = CliRunner().invoke(cli, ["report", "rl", str(tmp_path)], catch_exceptions=False)
     assert "1 not finished: half" in done.output
     assert (tmp_path / "report" / "dsrl.png").stat().st_size > 1000
