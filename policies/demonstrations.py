@@ -17,6 +17,9 @@ from rbm.errors import UserError
 
 _CALM = 0.5  # share of the tremble that is kept from one action to the next
 
+_HOPELESS = 20
+"""Attempts for each wanted one, after which it is said which kind does not come."""
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -46,6 +49,7 @@ def demonstrate(
     seed: int,
     aside: float,
     tremble: float = 0.3,
+    successes: int | None = None,
 ) -> list[Demonstration]:
     """Attempts of the scripted expert at a Meta-World task, through whatever wrappers `env` has.
 
@@ -56,44 +60,68 @@ def demonstrate(
         seed: of scenes and mistakes.
         aside: the object is believed at most so far from where it is (metres).
         tremble: standard deviation of what is added to the hand's velocity.
+        successes: so many of them succeed, the first that do, and the others do not; none: as it comes.
 
     Raises:
-        UserError: no attempt was asked for, or it is no Meta-World environment.
+        UserError: no attempt was asked for, it is no Meta-World environment, or hardly any attempt ends as wanted.
     """
     if count < 1:
         raise UserError(f"{count} demonstrations teach nothing: ask for one at least")
+    if successes is not None and not 0 <= successes <= count:
+        raise UserError(f"{successes} of {count} demonstrations cannot succeed: give 0 to {count}")
     world = env.unwrapped
     if not isinstance(world, MetaWorld):
         raise UserError("only Meta-World has a scripted expert to demonstrate: give a policies.metaworld.MetaWorld")
-    found = []
-    for number in range(count):
-        rng = np.random.default_rng([seed, number])  # one that ends sooner, under another reward, changes no other
-        observation, _ = env.reset(seed=int(rng.integers(2**31)))
-        expert = world.simulator.expert()
-        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, aside)
-        mistake = np.array([distance * np.cos(angle), distance * np.sin(angle), rng.uniform(0, aside / 2)])
-        shaking = np.zeros(3)
-        observations, actions, rewards = [observation], [], []
-        terminated = truncated = False
-        after = 0
-        while not (terminated or truncated or after > 2):
-            believed = observation.astype(np.float64)
-            believed[4:7] += mistake
-            action = np.clip(np.asarray(expert.get_action(believed), np.float64), -1, 1)
-            shaking = _CALM * shaking + 0.8 * tremble * rng.standard_normal(3)
-            action[:3] = np.clip(action[:3] + shaking, -1, 1)
-            observation, reward, terminated, truncated, info = env.step(action.astype(np.float32))
-            observations.append(observation)
-            actions.append(action)
-            rewards.append(float(reward))
-            after += bool(after or info["success"])
-        found.append(
-            Demonstration(
-                np.array(observations, np.float32),
-                np.array(actions, np.float32),
-                np.array(rewards, np.float32),
-                terminated,
-                after > 0,
+    found: list[Demonstration] = []
+    number = 0
+    while len(found) < count:
+        if number == _HOPELESS * count:
+            won = sum(demo.success for demo in found)
+            raise UserError(
+                f"{won} successes and {len(found) - won} failures in {number} attempts at {world.task}: ask for "
+                "another share, or change aside="
             )
-        )
+        shown = _attempt(env, world, np.random.default_rng([seed, number]), aside, tremble)
+        number += 1
+        if successes is not None:
+            alike = sum(demo.success == shown.success for demo in found)
+            if alike == (successes if shown.success else count - successes):
+                continue
+        found.append(shown)
     return found
+
+
+def _attempt(
+    env: gymnasium.Env[NDArray[np.float32], NDArray[np.float32]],
+    world: MetaWorld,
+    rng: np.random.Generator,
+    aside: float,
+    tremble: float,
+) -> Demonstration:
+    """One attempt. Each has a generator of its own: one that ends sooner, under another reward, changes no other."""
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    expert = world.simulator.expert()
+    angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, aside)
+    mistake = np.array([distance * np.cos(angle), distance * np.sin(angle), rng.uniform(0, aside / 2)])
+    shaking = np.zeros(3)
+    observations, actions, rewards = [observation], [], []
+    terminated = truncated = False
+    after = 0
+    while not (terminated or truncated or after > 2):
+        believed = observation.astype(np.float64)
+        believed[4:7] += mistake
+        action = np.clip(np.asarray(expert.get_action(believed), np.float64), -1, 1)
+        shaking = _CALM * shaking + 0.8 * tremble * rng.standard_normal(3)
+        action[:3] = np.clip(action[:3] + shaking, -1, 1)
+        observation, reward, terminated, truncated, info = env.step(action.astype(np.float32))
+        observations.append(observation)
+        actions.append(action)
+        rewards.append(float(reward))
+        after += bool(after or info["success"])
+    return Demonstration(
+        np.array(observations, np.float32),
+        np.array(actions, np.float32),
+        np.array(rewards, np.float32),
+        terminated,
+        after > 0,
+    )

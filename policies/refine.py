@@ -54,27 +54,32 @@ def write_table(clips: list[tuple[Path, str]], target: Path) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new corpus, model and run.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="What the clips join; default: the bundled corpus.")
 @click.option("--steps", default=300, show_default=True, type=click.IntRange(min=1), help="Of fine-tuning.")
 @click.option(
     "--weight", default=5.0, show_default=True, help="How much oftener a clip of the run is drawn than others."
 )
-@click.option("--go-on/--stop", default=True, show_default=True, help="Whether the policy goes on under the new judge.")
-def refine(run: Path, out: Path, corpus: Path | None, steps: int, weight: float, go_on: bool) -> None:
-    """Teach the judge of RUN that the clips that fooled it are failures, and let the policy go on.
+@click.option("--go-on/--stop", default=True, show_default=True, help="Whether policies go on under the new judge.")
+def refine(runs: tuple[Path, ...], out: Path, corpus: Path | None, steps: int, weight: float, go_on: bool) -> None:
+    """Teach the judge of RUNS that the clips that fooled it are failures, and let their policies go on.
 
     \b
     Examples:
       rbm refine runs/sac --out runs/refined
-      rbm refine runs/sac --out runs/refined --corpus data/rl-judge --steps 600 --stop
+      rbm refine runs/try-1 runs/try-2 --out runs/refined --corpus data/rl-judge --steps 600 --stop
     """
-    clips = flagged(run)
-    config = _config(run)
-    judge = config["checkpoint"]
+    clips = [clip for run in runs for clip in flagged(run)]
+    configs = [_config(run) for run in runs]
+    judge = configs[0]["checkpoint"]
+    for run, config in zip(runs, configs, strict=True):
+        if config["checkpoint"] != judge:
+            raise UserError(f"{runs[0]} and {run} were judged by different models: refine with runs of one judge")
     if judge is not None and judge.startswith(("http://", "https://")):
-        raise UserError(f"{run} was judged by a server, {judge}: give its model's folder as checkpoint= to refine it")
+        raise UserError(f"the judge was a server, {judge}: give its model's folder as checkpoint= to refine it")
     out.mkdir(parents=True, exist_ok=True)
     place = out / "corpus"
     if not place.exists():
@@ -105,8 +110,11 @@ def refine(run: Path, out: Path, corpus: Path | None, steps: int, weight: float,
     if go_on:
         from policies.cli import run as train
 
-        result = train({**config, "checkpoint": str(model), "start": str(run), "run_dir": str(out / "policy")})
-        click.echo(json.dumps(result))
+        for run, config in zip(runs, configs, strict=True):
+            place = out / "policy" if len(runs) == 1 else out / f"policy-{run.name}"
+            changed = {"checkpoint": str(model), "start": str(run), "run_dir": str(place), "threads": 1}
+            result = train({**config, **changed})
+            click.echo(json.dumps(result))
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Dsrl:
     """Noise-space SAC over a flow policy that is cloned from poor demonstrations first.
 
     Attributes:
-        count, aside, tremble: of the demonstrations (`policies.demonstrations.demonstrate`).
+        count, aside, tremble, successes: of the demonstrations (`policies.demonstrations.demonstrate`).
         chunk: actions of a decision.
         bound: the noise is within ±bound.
         learner: options of `Learner`.
@@ -33,6 +33,7 @@ class Dsrl:
     count: int = 20
     aside: float = 0.12
     tremble: float = 0.3
+    successes: int | None = None
     chunk: int = 4
     bound: float = 1.5
     learner: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Dsrl:
     def setup(self, world: World, seed: int, folder: Path) -> Setup:
         place = folder / FLOW
         if not place.exists():
-            shown = demonstrate(world.test().unwrapped, self.count, seed, self.aside, self.tremble)
+            shown = demonstrate(world.test().unwrapped, self.count, seed, self.aside, self.tremble, self.successes)
             clone_flow(shown, self.chunk, seed).save(place)
         policy = FlowPolicy.load(place)
         training = Noise(world.training(self.chunk), policy, self.bound)

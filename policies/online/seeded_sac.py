@@ -23,7 +23,7 @@ class SeededSac:
     """SAC that begins as nobody, but remembers demonstrations, under the same reward as its own attempts.
 
     Attributes:
-        count, aside, tremble: of the demonstrations (`policies.demonstrations.demonstrate`), good and bad.
+        count, aside, tremble, successes: of the demonstrations (`policies.demonstrations.demonstrate`).
         learner: options of `Learner`.
         schedule: how long.
     """
@@ -31,12 +31,13 @@ class SeededSac:
     count: int = 20
     aside: float = 0.12
     tremble: float = 0.3
+    successes: int | None = None
     learner: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
 
     def setup(self, world: World, seed: int, folder: Path) -> Setup:
         training, test = world.training(), world.test()
-        shown = demonstrate(training, self.count, seed, self.aside, self.tremble)
+        shown = demonstrate(training, self.count, seed, self.aside, self.tremble, self.successes)
         policy = clone_flow(shown, 1, seed)
         rng = np.random.default_rng([seed, 1])
         base = success_rate(

@@ -21,7 +21,9 @@ from policies.online.sac import Sac
 from policies.online.seeded_sac import SeededSac
 from policies.online.world import Chunks, World
 from rbm.cli import cli
+from rbm.corpus import Corpus
 from rbm.errors import UserError
+from rbm.model import RewardModel
 
 BOX = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)
@@ -210,6 +212,44 @@ def test_the_command_trains_and_reports(tiny_checkpoint: Path, tmp_path: Path) -
     saved = json.loads((tmp_path / "runs" / "report" / "results.json").read_text())
     assert saved["table"][0]["success"] == result["success_rate"]
     assert (tmp_path / "runs" / "report" / "sac.png").stat().st_size > 1000
+
+
+def test_a_judge_is_refined_and_the_policies_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 6, "first": 2, "updates": 1, "evaluate_every": 6, "episodes": 1}
+    common = [
+        "rl",
+        "policy=sac",
+        "task=window-close",
+        f"checkpoint={tiny_checkpoint}",
+        "online.max_steps=3",
+        "online.vote=[1,1,0.0]",  # everything is judged done
+        *(f"policy.schedule.{key}={value}" for key, value in schedule.items()),
+    ]
+    for seed in (0, 1):
+        options = [*common, f"seed={seed}", f"run_dir={tmp_path / f'run-{seed}'}"]
+        assert CliRunner().invoke(cli, options, catch_exceptions=False).exit_code == 0
+    runs = [str(tmp_path / f"run-{seed}") for seed in (0, 1)]
+    clips = [path for run in runs for path in Path(run, "clips").glob("*.mp4")]
+    assert len(clips) >= 4
+    out = tmp_path / "refined"
+    done = CliRunner().invoke(cli, ["refine", *runs, "--out", str(out), "--steps", "2"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    corpus = Corpus.open(out / "corpus")
+    joined = [trajectory for trajectory in corpus if trajectory.source == "refined"]
+    assert len(joined) == len(clips)
+    assert {(trajectory.task, trajectory.quality) for trajectory in joined} == {("close the window", "failure")}
+    old, new = (RewardModel.from_pretrained(str(place)) for place in (tiny_checkpoint, out / "judge" / "model"))
+    assert any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    for run in runs:
+        went_on = json.loads((out / f"policy-{Path(run).name}" / "config.json").read_text())
+        assert (went_on["start"], went_on["checkpoint"]) == (run, str(out / "judge" / "model"))
+        assert read_curve(out / f"policy-{Path(run).name}")[-1]["step"] >= 6
+    config = Path(runs[1], "config.json")
+    config.write_text(config.read_text().replace(str(tiny_checkpoint), "http://127.0.0.1:1"))
+    with pytest.raises(UserError, match="judged by different models"):
+        CliRunner().invoke(cli, ["refine", *runs, "--out", str(out)], catch_exceptions=False)
+    with pytest.raises(UserError, match="the judge was a server"):
+        CliRunner().invoke(cli, ["refine", runs[1], "--out", str(out)], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
