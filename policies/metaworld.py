@@ -74,6 +74,7 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self._now: Snapshot | None = None
         self._steps = 0
+        self._action = np.zeros(4, np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -87,6 +88,7 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         if self._now is None:
             raise UserError("no episode is running: call reset() before step()")
+        self._action = action
         dense, success, moments = 0.0, False, 0
         for _ in range(self._repeat):
             self._now = self.simulator.step(action)
@@ -100,6 +102,10 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         terminated = success and self._terminate
         truncated = self._steps >= self._max_steps and not terminated
         return self._now.obs.astype(np.float32), reward, terminated, truncated, {"success": success}
+
+    def done_soon(self, actions: int) -> bool:
+        """Whether the task is done within so many more actions like the last. The episode is over then."""
+        return any(self.step(self._action)[4]["success"] for _ in range(actions))
 
     def render(self) -> NDArray[np.uint8] | None:
         """What the camera sees now: uint8 (size, size, 3)."""

@@ -31,7 +31,7 @@ class Watched:
     Attributes:
         episode, step: its number, and decisions made until its end.
         judged: whether the reward model's vote said that the task was done.
-        success: whether it truly was, at any moment.
+        success: whether it truly was, at any moment (in `rbm rl` also within two actions after the vote).
         value: the highest value Φ that was paid.
         diverged: what the monitor said after it.
         clip: the file that shows it, where one was kept.

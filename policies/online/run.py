@@ -35,6 +35,9 @@ TEST_SEED = 7_000_000
 FLOW = "flow.safetensors"
 """The flow policy that a run stands on, where it does."""
 
+_SOON = 2
+"""Actions within which a judgement must come true, for the monitor: it may be an instant early."""
+
 _LAST = 3
 """Evaluations at a run's end whose mean is its result."""
 
@@ -188,7 +191,8 @@ class Run:
         self.won.append(success)
         if self.monitor is not None:
             frames = [] if self._film is None else self._film.frames
-            self.monitor.episode(self.episode, self.step, judged, success, value, frames)
+            true = success or (judged and env.get_wrapper_attr("done_soon")(_SOON))
+            self.monitor.episode(self.episode, self.step, judged, true, value, frames)
         self.episode += 1
         return self.step - began
 

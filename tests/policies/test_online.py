@@ -214,6 +214,19 @@ def test_the_command_trains_and_reports(tiny_checkpoint: Path, tmp_path: Path) -
     assert (tmp_path / "runs" / "report" / "sac.png").stat().st_size > 1000
 
 
+def test_a_judgement_may_be_an_instant_early():
+    env = MetaWorld("window-close", max_steps=25, action_repeat=8, render_mode=None)
+    (shown,) = demonstrate(env, 1, seed=3, aside=0.0, tremble=0.0)
+    assert shown.success
+    first = len(shown) - 3  # it ends three actions after its success
+    env.reset(seed=int(np.random.default_rng([3, 0]).integers(2**31)))
+    assert not any(env.step(action)[4]["success"] for action in shown.actions[:first])
+    assert env.done_soon(2)
+    env.reset(seed=1)
+    env.step(np.zeros(4, np.float32))
+    assert not env.done_soon(2)
+
+
 def test_a_judge_is_refined_and_the_policies_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     schedule = {"steps": 6, "first": 2, "updates": 1, "evaluate_every": 6, "episodes": 1}
     common = [
