@@ -22,9 +22,9 @@ from rbm.config import override
 
 TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     "seeded_sac": {
-        "drawer-open": ("policy.count=10", "policy.successes=4", "policy.aside=0.12"),
-        "door-open": ("policy.count=10", "policy.successes=4", "policy.aside=0.1"),
-        "faucet-open": ("policy.count=10", "policy.successes=4", "policy.aside=0.1"),
+        "faucet-open": ("policy.successes=9", "policy.aside=0.08"),
+        "window-close": ("policy.successes=6", "policy.aside=0.2"),
+        "faucet-close": ("policy.successes=10", "policy.aside=0.08"),
     },
     "dsrl": {
         "drawer-open": ("policy.successes=4", "policy.aside=0.12"),
