@@ -29,11 +29,12 @@ TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     "dsrl": {
         "drawer-open": ("policy.successes=4", "policy.aside=0.12"),
         "faucet-close": ("policy.successes=10", "policy.aside=0.08"),
+        "drawer-close": ("policy.successes=12", "policy.aside=0.16"),
         "window-close": ("policy.successes=7", "policy.aside=0.16"),
     },
     "sac": {
         "drawer-close": ("policy.schedule.steps=2400", "policy.schedule.evaluate_every=300"),
-        "door-close": ("policy.schedule.steps=2400", "policy.schedule.evaluate_every=300"),
+        "door-close": ("policy.schedule.steps=3600", "policy.schedule.evaluate_every=300"),
         "window-close": (),
     },
 }
