@@ -191,7 +191,10 @@ def markdown(lines: Sequence[dict[str, Any]], budget: int | None = None) -> str:
 
 
 def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> None:
-    """One panel a task, one colour a reward: the mean over seeds, and lowest to highest as a band."""
+    """One panel a task, one colour a reward: the mean over seeds, and lowest to highest as a band.
+
+    Dotted: the policy that was cloned from the demonstrations, where there is one.
+    """
     plt = _pyplot()
     mine = [run for run in runs if run.key[0] == algorithm and run.steps]
     tasks = sorted({run.key[1] for run in mine})
@@ -206,12 +209,16 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
                 style = STYLES[number % len(STYLES)]
                 axis.plot(steps, curves.mean(0), style, color=COLOURS[reward], label=label)
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[reward], alpha=0.15, lw=0)
+        bases = [run.result["base"] for run in mine if run.key[1] == task and run.result.get("base") is not None]
+        if any(bases):
+            axis.axhline(float(np.mean(bases)), color="#777777", ls=":", lw=1, zorder=0)
         axis.set_title(task, fontsize=10)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.2)
         axis.set_xlabel("updates" if mine[0].result.get("transitions") else "decisions")
     axes[0][0].set_ylabel("success rate")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper right", ncols=len(handles))
     figure.suptitle(algorithm.replace("_", " "), fontsize=10)
     figure.tight_layout()
     with whole_file(target) as temporary:

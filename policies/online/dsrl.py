@@ -56,7 +56,7 @@ class Dsrl:
         rng = np.random.default_rng([seed, 1])
         base = success_rate(test, lambda seen: rng.standard_normal(size, np.float32), self.schedule.episodes)
         # a flow policy acts by drawn noise; its mean is not what it was trained for
-        return Setup(training, test, learner, noise, draws=True, base=base)
+        return Setup(training, test, learner, noise, draws=True, base=base, continues=True)
 
 
 if __name__ == "__main__":

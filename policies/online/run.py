@@ -77,7 +77,8 @@ class Setup:
         learner: acts in them.
         first: what is done in the first decisions, instead of the learner's own; takes a generator.
         draws: whether the policy that is evaluated draws its actions, as it does in training, or takes their mean.
-        base: success rate before learning, of the policy that is fine-tuned, where there is one.
+        base: success rate of the policy that was cloned from the demonstrations, where there is one.
+        continues: whether learning begins with that policy, or as nobody.
     """
 
     training: Env
@@ -86,6 +87,7 @@ class Setup:
     first: Callable[[np.random.Generator], Floats]
     draws: bool = False
     base: float | None = None
+    continues: bool = False
 
 
 class Algorithm(Protocol):
@@ -198,7 +200,7 @@ class Run:
 
     def _evaluate(self, tell: Callable[[dict[str, Any]], None]) -> None:
         learner = self.setup.learner
-        if self.step == 0 and self.setup.base is not None and self._start is None:
+        if self.step == 0 and self.setup.base is not None and self.setup.continues and self._start is None:
             rate = self.setup.base
         else:
             draws = self.setup.draws
@@ -262,7 +264,7 @@ class Run:
             "seed": self.seed,
             "success_rate": float(np.mean([line["success_rate"] for line in curve[-_LAST:]])),
             "best": max(line["success_rate"] for line in curve),
-            "base": curve[0]["success_rate"],
+            "base": curve[0]["success_rate"] if self.setup.base is None else self.setup.base,
             "steps": self.step,
             "episodes": self.episode,
             "seconds": round(self.seconds, 1),
