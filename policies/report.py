@@ -82,6 +82,8 @@ def read_runs(folder: Path) -> tuple[list[FinishedRun], list[str]]:
     finished, unfinished = [], []
     for config in sorted(folder.rglob("config.json")):
         place = config.parent
+        if (place / "model.safetensors").exists():  # a model that a run made, as `rbm refine` does
+            continue
         name = place.relative_to(folder).as_posix()
         if not (place / "result.json").exists():
             unfinished.append(name)
@@ -128,7 +130,7 @@ def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
 def _short(value: Any) -> str:
     """A value; of a path its last two parts, which say enough and not whose machine it was."""
     text = "none" if value is None else str(value)
-    return "/".join(Path(text).parts[-2:]) if text.startswith("/") else text
+    return "/".join(Path(text).parts[-2:]) if text.count("/") > 1 else text
 
 
 def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[str, Any]]:

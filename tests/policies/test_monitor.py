@@ -83,6 +83,9 @@ def test_seeds_are_one_line_and_unfinished_runs_are_named(tmp_path: Path):
     finished(tmp_path / "sparse-0", "sparse", 0, 0.3)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{}")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"")
     runs, unfinished = read_runs(tmp_path)
     assert unfinished == ["half"]
     learned, sparse = table(runs)
