@@ -264,7 +264,7 @@ class Run:
             "seed": self.seed,
             "success_rate": float(np.mean([line["success_rate"] for line in curve[-_LAST:]])),
             "best": max(line["success_rate"] for line in curve),
-            "base": curve[0]["success_rate"] if self.setup.base is None else self.setup.base,
+            "base": self.setup.base,
             "steps": self.step,
             "episodes": self.episode,
             "seconds": round(self.seconds, 1),
