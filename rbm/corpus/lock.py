@@ -108,8 +108,9 @@ def hold(path: Path, what: str) -> tuple[int, bool]:
             current = False
         if current:
             died = os.fstat(file).st_size > 0
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            mark = f"{os.getpid()}\n".encode()
+            os.pwrite(file, mark, 0)  # before it is cut: killed in between, this one too has left its mark
+            os.ftruncate(file, len(mark))
             return file, died
         os.close(file)  # its last holder removed it between our open and our lock
 
