@@ -42,7 +42,7 @@ class Dsrl:
     def setup(self, world: World, seed: int, folder: Path) -> Setup:
         place = folder / FLOW
         if not place.exists():
-            shown = demonstrate(world.test().unwrapped, self.count, seed, self.aside, self.tremble, self.successes)
+            shown = demonstrate(world.stage(True), self.count, seed, self.aside, self.tremble, self.successes)
             clone_flow(shown, self.chunk, seed).save(place)
         policy = FlowPolicy.load(place)
         training = Noise(world.training(self.chunk), policy, self.bound)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.demonstrations import demonstrate
+from policies.demonstrations import demonstrate, replay
 from policies.flow import clone_flow
 from policies.online.learner import Learner
 from policies.online.run import Schedule, Setup, success_rate
@@ -20,7 +20,7 @@ from policies.online.world import World
 
 @dataclass(frozen=True)
 class SeededSac:
-    """SAC that begins as nobody, but remembers demonstrations, under the same reward as its own attempts.
+    """SAC that begins as nobody, but remembers demonstrations, paid by the same reward as its own attempts.
 
     Attributes:
         count, aside, tremble, successes: of the demonstrations (`policies.demonstrations.demonstrate`).
@@ -37,7 +37,7 @@ class SeededSac:
 
     def setup(self, world: World, seed: int, folder: Path) -> Setup:
         training, test = world.training(), world.test()
-        shown = demonstrate(training, self.count, seed, self.aside, self.tremble, self.successes)
+        shown = demonstrate(world.stage(False), self.count, seed, self.aside, self.tremble, self.successes)
         policy = clone_flow(shown, 1, seed)
         rng = np.random.default_rng([seed, 1])
         base = success_rate(
@@ -45,7 +45,8 @@ class SeededSac:
             lambda seen: policy.act(seen, rng.standard_normal(policy.action, np.float32))[0],
             self.schedule.episodes,
         )
-        learner = Learner(test.observation_space, test.action_space, seed=seed, demonstrations=shown, **self.learner)  # type: ignore[arg-type]
+        paid = [replay(training, demo) for demo in shown]
+        learner = Learner(test.observation_space, test.action_space, seed=seed, demonstrations=paid, **self.learner)  # type: ignore[arg-type]
         return Setup(
             training,
             test,

@@ -67,6 +67,10 @@ class World:
         """The same task without a picture; the simulator's success ends an episode."""
         return Chunks(self._plain("sparse", terminate_on_success=True, render_mode=None), chunk)
 
+    def stage(self, terminate_on_success: bool) -> MetaWorld:
+        """The task without reward or picture, for demonstrations: whatever the reward, they are the same."""
+        return self._plain("none", terminate_on_success=terminate_on_success, render_mode=None)
+
     def _plain(self, reward: Any, **options: Any) -> MetaWorld:
         return MetaWorld(self.task, reward, self.max_steps, self.action_repeat, **options)
 

@@ -24,7 +24,7 @@ def demo(actions: list[float]) -> Demonstration:
     count = len(actions)
     observations = np.arange(count + 1, dtype=np.float32)[:, None]
     return Demonstration(
-        observations, np.array(actions, np.float32)[:, None], np.zeros(count, np.float32), False, False
+        0, observations, np.array(actions, np.float32)[:, None], np.zeros(count, np.float32), False, False
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from policies.demonstrations import Demonstration, demonstrate
+from policies.demonstrations import Demonstration, demonstrate, replay
 from policies.metaworld import MetaWorld
 from policies.online.dsrl import Dsrl
 from policies.online.learner import Learner, NormedCritic
@@ -55,7 +55,7 @@ def test_critics_are_normed_behind_every_hidden_layer():
 
 def test_half_of_a_batch_is_demonstrations():
     shown = Demonstration(
-        np.ones((5, 3), np.float32), np.full((4, 2), 2.0, np.float32), np.full(4, 7.0, np.float32), True, True
+        0, np.ones((5, 3), np.float32), np.full((4, 2), 2.0, np.float32), np.full(4, 7.0, np.float32), True, True
     )
     one = learner(demonstrations=[shown])
     fill(one, reward=-1.0)
@@ -120,8 +120,32 @@ def test_demonstrations_are_the_same_again_and_some_fail():
     assert any(len(long) > len(short) for long, short in zip(longer, shown, strict=True))
     for long, short in zip(longer, shown, strict=True):  # an end that comes sooner changes nothing else
         assert np.array_equal(long.actions[: len(short)], short.actions)
+    for long, short in zip(longer, shown, strict=True):
+        paid = replay(env, long)
+        assert np.array_equal(paid.observations, short.observations)
+        assert np.array_equal(paid.rewards, short.rewards)
+        assert (paid.scene, paid.terminated, paid.success) == (long.scene, long.success, long.success)
     with pytest.raises(UserError, match="ask for one at least"):
         demonstrate(env, 0, 0, 0.1)
+
+
+def test_every_reward_is_given_the_same_demonstrations(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """A vote that comes early, or an end at success, cuts what is learned from, never what counts as demonstrated."""
+    algorithm = SeededSac(4, 0.15, successes=2, learner={"hidden": 16}, schedule=Schedule(episodes=2))
+    lengths, rates = {}, set()
+    for reward in ("learned", "sparse", "dense"):
+        world = World(
+            "window-close",
+            reward,  # type: ignore[arg-type]
+            checkpoint=str(tiny_checkpoint),
+            vote=(1, 1, 0.0),  # whatever it says counts as done
+        )
+        setup = algorithm.setup(world, 0, tmp_path)
+        assert setup.learner.buffer.demonstrations is not None
+        lengths[reward] = setup.learner.buffer.demonstrations.size()
+        rates.add(setup.base)
+    assert lengths["learned"] == 4 < lengths["sparse"] < lengths["dense"]
+    assert len(rates) == 1
 
 
 def make_run(folder: Path, algorithm: Any, reward: str, checkpoint: Path | None = None, seed: int = 0) -> Run:
