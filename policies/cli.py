@@ -91,11 +91,14 @@ def _online(config: dict[str, Any]) -> dict[str, Any]:
         **settings,
     )
     algorithm = instantiate(OmegaConf.create(config["policy"]))
-    if isinstance(algorithm, BestOfK):
-        return algorithm.run(world, config["seed"], Path(config["run_dir"]), _tell)
     asked = {key: value for key, value in config.items() if key not in ("run_dir", "threads")}
+    folder = Path(config["run_dir"])
     start = None if config["start"] is None else Path(config["start"])
-    made = Run(Path(config["run_dir"]), asked, algorithm, world, config["seed"], start)
+    if isinstance(algorithm, BestOfK):
+        if start is not None:
+            raise UserError("best-of-K learns nothing that start= could go on from: leave it out")
+        return algorithm.run(world, config["seed"], folder, asked, _tell)
+    made = Run(folder, asked, algorithm, world, config["seed"], start)
     return made.train(_tell)
 
 

@@ -344,6 +344,17 @@ def make_judge(
     )
 
 
+def local_scorer(checkpoint: str | None) -> Scorer:
+    """The model of a folder, a file, an id on the hub, or the shipped weights, in this process.
+
+    Raises:
+        UserError: it is a server's address, or cannot be loaded.
+    """
+    if checkpoint is not None and checkpoint.startswith(("http://", "https://")):
+        raise UserError(f"{checkpoint} is a server, but this needs the model itself: give its folder")
+    return Scorer.from_pretrained(checkpoint)
+
+
 def _by_view(frame: Frame) -> Mapping[str, Picture]:
     return frame if isinstance(frame, Mapping) else {"": frame}
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
+from gymnasium.utils.seeding import np_random
 from numpy.typing import NDArray
 
 from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, Simulator, Snapshot
@@ -20,6 +21,15 @@ Reward = Literal["none", "sparse", "dense"]
 
 DENSE_SCALE = 10.0
 """Meta-World's dense reward is 10 where the task is done."""
+
+
+def drawn_scene(seed: int) -> int:
+    """The simulator's scene after `MetaWorld.reset(seed=seed)`."""
+    return _draw(np_random(seed)[0])
+
+
+def _draw(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
 
 
 class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -80,7 +90,7 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         super().reset(seed=seed)
-        self._now = self.simulator.reset(int(self.np_random.integers(2**31)))
+        self._now = self.simulator.reset(_draw(self.np_random))
         self._steps = 0
         return self._now.obs.astype(np.float32), {"success": self._now.success}
 

@@ -1,8 +1,8 @@
 """`rbm report rl`: what a folder of runs came to, as a table, figures and one JSON file.
 
-A run is a folder with `config.json`, `curve.jsonl` and, once it is finished, `result.json`: `policies.online`,
-`policies.offline` and `policies.planning` all write them. Runs that differ in their seed alone are one line; where
-others of the same algorithm, task and reward differ in more, what they differ in is told.
+A run is a folder with `config.json`, `curve.jsonl` where something is learned and, once it is finished, `result.json`:
+`policies.online`, `policies.offline` and `policies.planning` all write them. Runs that differ in their seed alone are
+one line; where others of the same algorithm, task and reward differ in more, what they differ in is told.
 """
 
 from __future__ import annotations
@@ -117,20 +117,46 @@ def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
     groups: dict[tuple[str, str, str], list[FinishedRun]] = defaultdict(list)
     for run in runs:
         groups[run.key].append(run)
+    for group in groups.values():
+        origins: dict[str, str] = {}
+        for number, run in enumerate(group):
+            if start := run.config.get("start"):  # policies that go on from several seeds of one run are seeds of one
+                same = origins.setdefault(_origin(start), start)
+                group[number] = replace(run, config={**run.config, "start": same})
+    by_name = {run.name: run for group in groups.values() for run in group}
     found = []
-    for run in runs:
+    for name in (run.name for run in runs):
+        run = by_name[name]
         group = groups[run.key]
         keys = sorted({key for other in group for key in other.config} - set(_ELSEWHERE))
-        differ = [key for key in keys if any(other.config.get(key) != group[0].config.get(key) for other in group)]
-        said = [f"{key.rpartition('.')[2]}={_short(run.config.get(key))}" for key in differ]
+        said = []
+        for key in keys:
+            values = {str(other.config.get(key)) for other in group}
+            if len(values) > 1:
+                said.append(f"{key.rpartition('.')[2]}={_short(str(run.config.get(key)), values)}")
         found.append(replace(run, variant=", ".join(said)))
     return found
 
 
-def _short(value: Any) -> str:
-    """A value; of a path its last two parts, which say enough and not whose machine it was."""
-    text = "none" if value is None else str(value)
-    return "/".join(Path(text).parts[-2:]) if text.count("/") > 1 else text
+def _short(value: str, others: set[str]) -> str:
+    """A value; of a path so many of its last parts, two at least, as tell it from the others."""
+    if value.count("/") < 2 or "://" in value:
+        return "none" if value == "None" else value
+    parts = Path(value).parts
+    for count in range(2, len(parts)):
+        ends = {Path(other).parts[-count:] for other in others if other != value}
+        if parts[-count:] not in ends:
+            return "/".join(parts[-count:])
+    return value
+
+
+def _origin(start: str) -> str:
+    """What the run that another began with was asked for, whatever its seed; where it is gone, its folder."""
+    try:
+        config = json.loads((Path(start) / "config.json").read_text())
+    except (OSError, ValueError):
+        return start
+    return json.dumps({**config, "seed": None}, sort_keys=True)
 
 
 def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[str, Any]]:
@@ -206,7 +232,7 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
             of_reward = [run for run in mine if run.key[1:] == (task, reward)]
             for number, label in enumerate(sorted({run.label for run in of_reward})):
                 group = [run for run in of_reward if run.label == label]
-                steps = np.linspace(0, min(run.steps[-1] for run in group), 41)
+                steps = np.linspace(max(run.steps[0] for run in group), min(run.steps[-1] for run in group), 41)
                 curves = np.array([np.interp(steps, run.steps, run.success) for run in group])
                 style = STYLES[number % len(STYLES)]
                 axis.plot(steps, curves.mean(0), style, color=COLOURS[reward], label=label)

@@ -62,6 +62,19 @@ class Shaping:
             if not math.isfinite(value):
                 raise UserError(f"{name}={value} of a reward must be a finite number")
 
+    def check_alone(self) -> None:
+        """That this is a reward by itself.
+
+        Raises:
+            UserError: it is `potential`, which guides under another reward: alone, its discounted sum depends on an
+                episode's first and last state only, so that nothing is to be learned from it (Ng et al. 1999).
+        """
+        if self.form == "potential":
+            raise UserError(
+                "form=potential only guides under an environment's reward, and here the learned one is alone: give "
+                "minus_one, progress or difference"
+            )
+
     @overload
     def value(self, progress: float, progress_std: float) -> float: ...
 

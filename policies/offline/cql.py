@@ -26,7 +26,9 @@ class CQL(Algorithm):
     Attributes:
         discount: γ.
         conservatism: weight of the term that lowers Q away from the data.
-        samples: actions of each of three kinds for each transition in that term.
+        samples: draws of an action (at random, by the policy there, by the policy at what follows) for each transition
+            in that term. TorchRL 0.14 takes the log-sum-exp over the three kinds of each draw and the mean over draws,
+            where the paper takes it over all of them.
         alpha: weight of the policy's entropy.
         warmup: share of the updates in which the policy is cloned.
         tau: how much of Q goes into its target after each update.

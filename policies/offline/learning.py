@@ -132,7 +132,9 @@ class Learning(ABC):
 
     def __init__(self, algorithm: Algorithm, data: Transitions, seed: int, steps: int | None) -> None:
         check(data)
-        self.algorithm, self.steps, self.step = algorithm, steps or algorithm.steps, 0
+        self.algorithm, self.steps, self.step = algorithm, algorithm.steps if steps is None else steps, 0
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} must be at least 1")
         self.metrics: dict[str, float] = {}
         observations, actions, rewards, following = (
             torch.from_numpy(np.ascontiguousarray(getattr(data, name), np.float32))

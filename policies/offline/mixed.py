@@ -20,13 +20,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dataset_builder.metaworld.plans import MESSY, PLANS, Plan, Robot
@@ -37,6 +37,7 @@ from policies.metaworld import DENSE_SCALE
 from policies.shaping import Shaping
 from policies.transitions import Transitions
 from rbm.errors import UserError
+from rbm.evaluation.bulk import fingerprint
 from rbm.output import whole_file
 
 if TYPE_CHECKING:
@@ -134,13 +135,13 @@ class Mixed:
         """The data with one of the rewards above; `none` gives 0 everywhere. No step is terminal: time runs out.
 
         Raises:
-            UserError: an unknown reward.
+            UserError: an unknown reward, or a shaping that is none by itself.
         """
         shaping = shaping or Shaping(form="minus_one")
         values = shaping.value(self.progress, self.progress_std)
         if reward == "learned":
-            pairs = zip(values, self.dense, strict=True)
-            rewards = np.stack([shaping.rewards(v, terminated=False, env_rewards=own) for v, own in pairs])
+            shaping.check_alone()
+            rewards = np.stack([shaping.rewards(v, terminated=False) for v in values])
         elif reward == "sparse":
             rewards = self.success.astype(np.float32) - 1
         elif reward == "dense":
@@ -210,7 +211,7 @@ def make_mixed(
         from rbm.scoring import Scorer
 
         scorer = Scorer.from_pretrained()
-    text = json.dumps({**asdict(recipe), "weights": f"{_weights_crc(scorer):08x}"}, sort_keys=True)
+    text = json.dumps({**asdict(recipe), "weights": fingerprint(scorer.model)}, sort_keys=True)
     name = f"{recipe.task}-{zlib.crc32(text.encode()):08x}"
     whole = folder / f"{name}.npz"
     if whole.exists():
@@ -221,15 +222,9 @@ def make_mixed(
         temporary.write_text(text + "\n", encoding="utf-8")
     for part in sorted((folder / f"{name}.parts").glob("*.npz")):
         part.unlink()
+    with suppress(OSError):  # another process still looks into it
+        (folder / f"{name}.parts").rmdir()
     return found
-
-
-def _weights_crc(scorer: Scorer) -> int:
-    """Of all parameters, so that another model's scores are never taken for this one's."""
-    crc = 0
-    for _, tensor in sorted(scorer.model.state_dict().items()):
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
 
 
 def _continue(recipe: Recipe, parts: Path, scorer: Scorer, say: Callable[[str], None]) -> Mixed:

@@ -27,12 +27,13 @@ import torch
 from numpy.typing import NDArray
 
 from dataset_builder.metaworld.simulator import Simulator
+from policies.folder import claim
+from policies.judges import local_scorer
 from policies.offline.learning import Algorithm, Learning
 from policies.offline.mixed import REWARDS, Mixed, Recipe, make_mixed
 from policies.shaping import Shaping
 from rbm.errors import UserError
 from rbm.output import whole_file
-from rbm.scoring import Scorer
 
 if TYPE_CHECKING:
     from policies.offline.actor import Actor
@@ -122,10 +123,9 @@ class Config:
             raise UserError(f"offline run: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
         return cls(**given)
 
-    def text(self) -> str:
-        """As JSON, without the places where things are kept, so that a moved folder goes on."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("run_dir", "data_dir")}
-        return json.dumps(kept, indent=2, sort_keys=True, default=dict) + "\n"
+    def asked(self) -> dict[str, Any]:
+        """All of it but the places where things are kept, so that a moved folder goes on."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("run_dir", "data_dir")}
 
 
 def success_rate(actor: Actor, recipe: Recipe, scenes: Sequence[int]) -> float:
@@ -168,13 +168,12 @@ def run(cfg: Mapping[str, Any] | Config, say: Callable[[str], None] = lambda tex
     name, algorithm = make_algorithm(config.policy)
     recipe = _recipe(config)
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "config.json", config.text())
+    claim(folder, config.asked())
     if (folder / "result.json").exists():
         found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return found
     torch.set_num_threads(config.threads)
-    scorer = Scorer.from_pretrained(config.checkpoint)
+    scorer = local_scorer(config.checkpoint)
     mixed = make_mixed(recipe, Path(config.data_dir), scorer, say).take(config.successes)
     learning, seconds = _learn(config, algorithm, mixed, recipe, folder, say)
     started = time.monotonic()
@@ -244,12 +243,3 @@ def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.create(dict(cfg)), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _claim(path: Path, text: str) -> None:
-    """Writes what the run is asked for, or sees that the folder's run is the same."""
-    if not path.exists():
-        with whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path.parent} holds another run (see config.json there): give another run_dir, or delete it")

@@ -22,6 +22,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 from policies.demonstrations import Demonstration
+from rbm.errors import UserError
 
 Floats = NDArray[np.float32]
 
@@ -74,6 +75,9 @@ class Learner:
         target_entropy: as a share of −(dimensions of an action).
         capacity: transitions that are kept.
         demonstrations: they fill half of each batch.
+
+    Raises:
+        UserError: a number out of its range.
     """
 
     def __init__(
@@ -92,6 +96,16 @@ class Learner:
         capacity: int = 100_000,
         demonstrations: list[Demonstration] | None = None,
     ) -> None:
+        for name, value, least, most in (
+            ("gamma", gamma, 0.0, 1.0),
+            ("rate", rate, 1e-12, 1.0),
+            ("batch", batch, 2, 1e9),
+            ("hidden", hidden, 1, 1e9),
+            ("entropy", entropy, 1e-12, 1e9),
+            ("capacity", capacity, 1, 1e12),
+        ):
+            if not least <= value <= most:
+                raise UserError(f"{name}={value} of a learner must be from {least:g} to {most:g}")
         set_random_seed(seed)
         size = int(np.prod(actions.shape))
         self._batch = batch
@@ -134,8 +148,14 @@ class Learner:
         self._add(self.buffer, before, action, reward, after, terminated, truncated)
 
     def learn(self, updates: int) -> None:
-        """So many gradient steps."""
+        """So many gradient steps.
+
+        Raises:
+            UserError: the networks are no numbers any more.
+        """
         self.sac.train(updates, self._batch)
+        if not all(torch.isfinite(values).all() for values in self.sac.policy.parameters()):
+            raise UserError(f"weights are not finite after {self.sac._n_updates} updates: lower rate, or scale rewards")
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on: tensors and plain values."""

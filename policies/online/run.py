@@ -1,10 +1,11 @@
 """One online run: act, learn, evaluate, watch; a folder that a killed run goes on from.
 
-config.yaml    what was asked
+config.json    what was asked
 curve.jsonl    a line for each evaluation
 monitor.jsonl  a line for each training episode, where a reward model judges (`policies.monitor`)
 clips/         episodes that were judged done and were not
-state.pt       the last evaluation's learner, buffer and counters; tensors and plain values only
+state.pt       learner, buffer and counters of the last evaluation, or of where the judge went away; tensors and plain
+               values only
 result.json    at the end
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from policies.folder import claim
 from policies.monitor import Film, Monitor
 from policies.online.learner import Learner
 from policies.online.world import Env, World
@@ -73,7 +75,9 @@ class Setup:
     """What an algorithm prepares.
 
     Attributes:
-        training, test: environments of one action space.
+        training, test: environments of one action space. `info["success"]` says whether the task is done now; where a
+            reward model judges, the training environment has an `instruction`, and `info` what the wrapper puts there.
+            Where it has `done_soon(actions)`, a judgement may come so many actions too early (`MetaWorld.done_soon`).
         learner: acts in them.
         first: what is done in the first decisions, instead of the learner's own; takes a generator.
         draws: whether the policy that is evaluated draws its actions, as it does in training, or takes their mean.
@@ -137,13 +141,12 @@ class Run:
         seed: int,
         start: Path | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder, config)
         self.folder, self.world, self.schedule, self.seed = folder, world, algorithm.schedule, seed
-        self.config = config
         self._name = type(algorithm).__module__.rpartition(".")[2]
-        self._check_config()
         if start is not None and (start / FLOW).exists() and not (folder / FLOW).exists():
-            shutil.copy(start / FLOW, folder / FLOW)
+            with whole_file(folder / FLOW) as target:
+                shutil.copy(start / FLOW, target)
         self._start = start
         self.setup = algorithm.setup(world, seed, folder)
         self.rng = np.random.default_rng(seed)
@@ -156,18 +159,33 @@ class Run:
         self._continue()
 
     def train(self, tell: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
-        """Go on until the schedule's end. Returns the result, which is also in the folder."""
-        result = self.folder / "result.json"
-        if result.exists():
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
-        if self.step == 0:
+        """Go on until the schedule's end. Returns the result, which is also in the folder. The run is over then.
+
+        Raises:
+            UserError: a judge or an environment failed. All attempts so far are in the folder; the same run goes on.
+        """
+        try:
+            result = self.folder / "result.json"
+            if result.exists():
+                found: dict[str, Any] = json.loads(result.read_text())
+                return found
+            return self._train(tell)
+        finally:
+            self.setup.training.close()
+            self.setup.test.close()
+
+    def _train(self, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        if not (self.folder / "curve.jsonl").exists():
             self._evaluate(tell)
         began = time.monotonic()
         while self.step < self.schedule.steps:
             due = (self.step // self.schedule.evaluate_every + 1) * self.schedule.evaluate_every
             while self.step < min(due, self.schedule.steps):
-                decisions = self._attempt()
+                try:
+                    decisions = self._attempt()
+                except UserError:
+                    self._save()
+                    raise
                 if self.step >= self.schedule.first:
                     self.setup.learner.learn(decisions * self.schedule.updates)
             self.seconds += time.monotonic() - began
@@ -193,7 +211,8 @@ class Run:
         self.won.append(success)
         if self.monitor is not None:
             frames = [] if self._film is None else self._film.frames
-            true = success or (judged and env.get_wrapper_attr("done_soon")(_SOON))
+            soon = env.get_wrapper_attr("done_soon") if env.has_wrapper_attr("done_soon") else lambda actions: False
+            true = success or (judged and soon(_SOON))
             self.monitor.episode(self.episode, self.step, judged, true, value, frames)
         self.episode += 1
         return self.step - began
@@ -247,13 +266,6 @@ class Run:
         curve = read_curve(self.folder)
         with whole_file(self.folder / "curve.jsonl") as target:
             target.write_text("".join(json.dumps(line) + "\n" for line in curve if line["step"] <= self.step))
-
-    def _check_config(self) -> None:
-        path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()) != self.config:
-            raise UserError(f"{self.folder} holds a run with another configuration: give another run_dir, or delete it")
-        with whole_file(path) as target:
-            target.write_text(json.dumps(self.config, indent=2))
 
     def _finish(self) -> dict[str, Any]:
         curve = read_curve(self.folder)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.flow import FlowPolicy
+from policies.judges import PATIENCE_S
 from policies.metaworld import MetaWorld
 from policies.monitor import Film
 from policies.shaping import Shaping
@@ -31,8 +32,10 @@ class World:
             simulator says that the task is done, which ends the episode; `dense`: the simulator's own.
         max_steps, action_repeat: actions of an episode, control steps (1/80 s) of an action.
         checkpoint: the reward model: a folder, a server's address, none for the shipped weights.
-        shaping, vote: of the learned reward; vote is (k, n, threshold) of `SuccessVote`.
+        shaping, vote: of the learned reward; vote is (k, n, threshold) of `SuccessVote`. Not the form `potential`:
+            it guides under another reward and is worth nothing alone.
         every: each so many decisions are scored.
+        patience_seconds: so long a server may be away.
     """
 
     task: str = "drawer-open"
@@ -43,10 +46,12 @@ class World:
     shaping: Shaping = field(default_factory=lambda: Shaping("minus_one"))
     vote: tuple[int, int, float] = (1, 1, 0.5)
     every: int = 1
+    patience_seconds: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         if self.reward not in ("learned", "sparse", "dense"):
             raise UserError(f"unknown reward {self.reward!r}: give learned, sparse or dense")
+        self.shaping.check_alone()
         SuccessVote(*self.vote)  # so that a vote that cannot be held is refused before any work is done
 
     def training(self, chunk: int = 1) -> Env:
@@ -61,6 +66,7 @@ class World:
             shaping=self.shaping,
             every=self.every,
             vote=SuccessVote(*self.vote),
+            patience_seconds=self.patience_seconds,
         )
 
     def test(self, chunk: int = 1) -> Env:

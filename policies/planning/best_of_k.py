@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from dataset_builder.metaworld.simulator import NEAR_VIEW, Simulator, Snapshot
 from dataset_builder.metaworld.tasks import TASKS
 from policies.demonstrations import demonstrate
 from policies.flow import FlowPolicy, clone_flow
-from policies.metaworld import MetaWorld
-from policies.online.run import TEST_SEED
+from policies.folder import claim
+from policies.judges import local_scorer
+from policies.metaworld import drawn_scene
+from policies.online.run import FLOW, TEST_SEED
 from policies.online.world import World
 from policies.shaping import Shaping
 from rbm.errors import UserError
@@ -55,19 +57,34 @@ class BestOfK:
                 raise UserError(f"{name}={getattr(self, name)} of best-of-K must be at least 1")
 
     def run(
-        self, world: World, seed: int, folder: Path, tell: Callable[[dict[str, Any]], None] = lambda line: None
+        self,
+        world: World,
+        seed: int,
+        folder: Path,
+        config: Mapping[str, Any],
+        tell: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> dict[str, Any]:
-        """Evaluate in a folder, episode by episode; a stopped run goes on. Returns the result."""
-        folder.mkdir(parents=True, exist_ok=True)
-        base = folder / "flow.safetensors"
+        """Evaluate in a folder, episode by episode; a stopped run goes on. Returns the result.
+
+        Args:
+            config: what was asked for in all: the folder is this run's alone.
+
+        Raises:
+            UserError: another reward than the learned one, a server as its model, a folder of another run.
+        """
+        if world.reward != "learned":
+            raise UserError(f"best-of-K picks by the reward model: it cannot use reward={world.reward}, give learned")
+        scorer = local_scorer(world.checkpoint)
+        claim(folder, config)
+        base = folder / FLOW
         if not base.exists():
-            env = MetaWorld(world.task, "none", world.max_steps, world.action_repeat, render_mode=None)
+            env = world.stage(False)
             clone_flow(demonstrate(env, self.count, seed, self.aside, self.tremble), self.chunk, seed).save(base)
             env.close()
         planner = Planner(
             Simulator(world.task),
             FlowPolicy.load(base),
-            Scorer.from_pretrained(world.checkpoint, device="cpu"),
+            scorer,
             TASKS[world.task].text,
             self,
             world.action_repeat,
@@ -77,7 +94,7 @@ class BestOfK:
         done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         began = time.monotonic()
         for number in range(len(done), self.episodes):
-            won, decisions = planner.attempt(TEST_SEED + number, seed, world.max_steps)
+            won, decisions = planner.attempt(drawn_scene(TEST_SEED + number), seed, world.max_steps)
             done.append({"episode": number, "success": won, "decisions": decisions})
             with path.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
@@ -131,10 +148,11 @@ class Planner:
         steps = decisions = 0
         success = now.success
         while steps < max_steps and not success:
-            steps += self._settings.chunk
+            count = min(self._settings.chunk, max_steps - steps)
+            steps += count
             decisions += 1
             proposals = rng.standard_normal((self._settings.k, self._policy.chunk * self._policy.action), np.float32)
-            futures = [self._play(now, noise) for noise in proposals]
+            futures = [self._play(now, noise, count) for noise in proposals]
             forks = [session.fork() for _ in futures]
             scores = self._pool.push(
                 [(fork, self._picture(end)) for fork, (end, _) in zip(forks, futures, strict=True)]
@@ -156,10 +174,10 @@ class Planner:
     def close(self) -> None:
         self._simulator.close()
 
-    def _play(self, now: Snapshot, noise: np.ndarray) -> tuple[Snapshot, bool]:
+    def _play(self, now: Snapshot, noise: np.ndarray, count: int) -> tuple[Snapshot, bool]:
         self._simulator.go_back(now)
         moment, success = now, False
-        for action in self._policy.act(now.obs.astype(np.float32), noise):
+        for action in self._policy.act(now.obs.astype(np.float32), noise)[:count]:
             for _ in range(self._repeat):
                 moment = self._simulator.step(action)
                 success |= moment.success

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.judges import Frame
+from policies.judges import BadFrame, Frame
 from policies.relabel.labeller import Labeller
 from policies.wrapper import Episode, Rules
 from rbm.errors import UserError
@@ -258,7 +258,14 @@ class Labels:
         self._push(attempt, first, f"environment {env}, reset")
 
     def _push(self, attempt: _Attempt, frame: Frame | None, place: str) -> None:
-        self.labeller.push(attempt.number, cast(Frame, frame), place)  # no frame is refused there
+        if frame is None:
+            raise BadFrame(
+                f"there is no frame; give one after every {self.rules.every} steps and at an episode's end, as "
+                "FramesInInfo does with the same every=",
+                0,
+                place,
+            )
+        self.labeller.push(attempt.number, frame, place)
 
     def _end(self, env: int) -> None:
         attempt, self._running[env] = self._running[env], None

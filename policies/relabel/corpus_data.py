@@ -8,6 +8,7 @@ terminal.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ class CorpusData:
 
     @property
     def cameras(self) -> Sequence[str]:
-        return list(dict.fromkeys(view for row in range(min(len(self.corpus), 1)) for view in self.corpus[row].views))
+        for row in range(len(self.corpus)):
+            with suppress(UserError):  # a damaged one is told where it is scored
+                return list(self.corpus[row].views)
+        return []
 
     def __len__(self) -> int:
         return len(self.corpus)

@@ -141,6 +141,7 @@ class Labeller:
         self._oldest = 0.0
         self._sent: deque[list[tuple[int, int]]] = deque()
         self._ended: list[int] = []
+        self._again = False  # a new process is given frames again whose scores have come
         self._deaths_in_a_row = 0
         self._failure: UserError | None = None
         self._start()
@@ -255,6 +256,7 @@ class Labeller:
                     "attempt are no longer there to be scored again; raise history_bytes"
                 )
             )
+        self._again = True
         self._sent.clear()
         self._ended.clear()
         self._unsent = deque((number, i) for number, own in self._attempts.items() for i in range(own.count))
@@ -334,6 +336,12 @@ class Labeller:
             self._ended.append(number)
 
     def _give_up_history(self) -> None:
+        """Forget the frames of the longest attempt whose scores have come, but not while some are scored again."""
+        if self._again:
+            under_way = itertools.chain(self._unsent, *self._sent)
+            if any(number in self._attempts and i < self._attempts[number].answered for number, i in under_way):
+                return
+            self._again = False
         longest = max(self._attempts.values(), key=lambda own: own.answered - own.first)
         while longest.first < longest.answered:
             self._held_bytes -= _bytes(longest.frames.popleft()[0])

@@ -251,9 +251,14 @@ def relabel(
     if not labels:
         name, why = unreadable[0]
         raise UserError(f"{where}: none of {len(unreadable)} episodes could be read; the first, {name}: {why}")
-    data.write(target, labels, labelling)
     if transitions is not None:
         joined(flats, labels).save(transitions)
+    try:
+        data.write(target, labels, labelling)
+    except BaseException:
+        if transitions is not None:
+            transitions.unlink(missing_ok=True)  # both are there, or none
+        raise
     if kept is None:
         store.path.unlink(missing_ok=True)
     rewards, own = (np.concatenate([getattr(x, name) for x in labels.values()]) for name in ("rewards", "env_rewards"))

@@ -127,7 +127,7 @@ class RemoteScores:
         return tuple(self._info.get("views") or ())
 
     def identity(self) -> str:
-        known = ("model", "checkpoint", "context_frames", "views", "parameters", "dtype")
+        known = ("model", "checkpoint", "weights", "context_frames", "views", "parameters", "dtype")
         return json.dumps({name: self._info.get(name) for name in known}, sort_keys=True)
 
     def of(self, name: str, pictures: Pictures, count: int, task: str, every: int, camera: str) -> Found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from late_rewards import ACTIONS, paid, plain, play, ready, stopped
 from picture_env import TASK, Shown, SquareEnv
-from running import serving, until
+from running import free_port, serving, until
 
 from policies.judges import BadFrame, BadScore, JudgeGone
 from policies.relabel import FramesInInfo, Labeller, LabellerGone, LabelsLate
@@ -36,12 +35,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 # the scoring process
@@ -121,6 +114,27 @@ def test_history_that_was_given_up_cannot_be_scored_again(judge_checkpoint):
         own._process._process.wait(20)
         with pytest.raises(LabellerGone, match=r"the first frames of an attempt are no longer there .* raise history"):
             play(buffer, (30,), 1)
+
+
+def test_history_is_kept_while_it_is_scored_again(judge_checkpoint):
+    frame = np.zeros((40, 56, 3), np.uint8)
+    told: list[str] = []
+    with Labeller(judge_checkpoint, wait_seconds=0.01, history_bytes=850 * frame.nbytes) as own:
+        first = own.open("a", lambda score: told.append("a"))
+        second = own.open("b", lambda score: told.append("b"))
+        for attempt, count in ((first, 300), (second, 500)):
+            for _ in range(count):
+                own.push(attempt, frame)
+        own.wait(lambda: own.waiting == 0)
+        os.kill(own.pid, signal.SIGKILL)
+        own._process._process.wait(20)
+        for _ in range(60):  # their scores come, and make 860, while most of b is still to be sent again
+            own.push(first, frame)
+        own.wait(lambda: own.waiting == 0)
+        own.push(second, frame)
+        own.wait(lambda: own.waiting == 0)
+        assert (told.count("a"), told.count("b"), own.deaths) == (360, 501, 1)
+        assert sum(len(attempt.frames) for attempt in own._attempts.values()) <= 850
 
 
 SCRIPT = """
@@ -263,7 +277,7 @@ def test_frames_that_are_none(judged):
     for wrong, said in (
         (frame[:-3], "environment 0, step 3: the frame is 56×37 and those before it in the episode were 56×40"),
         (np.full((40, 56, 3), np.nan), "environment 0, step 3: the frame is float64 and holds NaN"),
-        (None, "environment 0, step 3: there is no frame"),
+        (None, "environment 0, step 3: there is no frame; give one after every 1 steps"),
         (frame[..., 0], r"environment 0, step 3: the frame has shape \(40, 56\)"),
     ):
         buffer = plain(judged)

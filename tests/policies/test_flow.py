@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from dataset_builder.metaworld.simulator import Simulator
+from policies.cli import run
 from policies.demonstrations import Demonstration, demonstrate
 from policies.flow import FlowPolicy, chunks, clone_flow
-from policies.metaworld import MetaWorld
+from policies.metaworld import MetaWorld, drawn_scene
 from policies.online.run import TEST_SEED
 from policies.online.world import World
 from policies.planning.best_of_k import BestOfK, Planner
+from policies.report import read_runs
 from policies.shaping import Shaping
+from rbm.config import compose, plain
 from rbm.errors import UserError
 from rbm.scoring import Scorer
 
@@ -91,7 +94,8 @@ def test_one_proposal_is_the_flow_policy_alone(flow: FlowPolicy, judge_scorer: S
         now, success, count = simulator.reset(scene), False, 0
         while count < 13 and not success:
             count += 1
-            for action in flow.act(now.obs.astype(np.float32), rng.standard_normal((1, 8), np.float32)[0]):
+            actions = flow.act(now.obs.astype(np.float32), rng.standard_normal((1, 8), np.float32)[0])
+            for action in actions[: 1 if count == 13 else 2]:  # 25 actions in all
                 for _ in range(8):
                     now = simulator.step(action)
                     success |= now.success
@@ -107,11 +111,11 @@ def test_the_best_of_many_is_the_one_that_scores_best(flow: FlowPolicy, judge_sc
     noises = np.random.default_rng([0, 1]).standard_normal((6, 8), np.float32)
     worth = []
     for noise in noises:  # each played and scored by itself
-        end, _ = planned._play(now, noise)
+        end, _ = planned._play(now, noise, 2)
         fork = session.fork()
         score = fork.push(planned._picture(end))
         worth.append(score.progress + 0.5 * score.success)
-    best, _ = planned._play(now, noises[int(np.argmax(worth))])
+    best, _ = planned._play(now, noises[int(np.argmax(worth))], 2)
     assert len(set(np.round(worth, 6))) > 1
     planned.attempt(1, 0, 2)  # one decision, in the same scene with the same draws
     assert len(planned._pool) == 7  # nothing is left but what this test opened
@@ -122,11 +126,31 @@ def test_the_best_of_many_is_the_one_that_scores_best(flow: FlowPolicy, judge_sc
 def test_an_evaluation_goes_on_where_it_was_stopped(judge_checkpoint: Path, tmp_path: Path):
     world = World("window-close", "learned", 2, 8, str(judge_checkpoint))
     settings = BestOfK(k=2, chunk=2, count=2, episodes=3)
-    result = settings.run(world, 0, tmp_path / "run")
+    result = settings.run(world, 0, tmp_path / "run", {"seed": 0})
     lines = (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()
     assert len(lines) == result["episodes"] == 3
     (tmp_path / "run" / "episodes.jsonl").write_text(lines[0] + "\n")
-    assert settings.run(world, 0, tmp_path / "run") == result
+    assert settings.run(world, 0, tmp_path / "run", {"seed": 0}) == result
     assert (tmp_path / "run" / "episodes.jsonl").read_text().splitlines() == lines
+    with pytest.raises(UserError, match="holds another run"):
+        settings.run(world, 0, tmp_path / "run", {"seed": 1})
+    assert [told.result for told in read_runs(tmp_path)[0]] == [result]
+
+
+def test_best_of_k_that_cannot_be(tmp_path: Path):
     with pytest.raises(UserError, match="k=0 of best-of-K"):
         BestOfK(k=0)
+    with pytest.raises(UserError, match="cannot use reward=dense"):
+        BestOfK().run(World("window-close", "dense"), 0, tmp_path / "run", {})
+    with pytest.raises(UserError, match="is a server, but this needs the model itself"):
+        BestOfK().run(World("window-close", checkpoint="http://127.0.0.1:1"), 0, tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="leave it out"):
+        run({**plain(compose("rl", ["policy=best_of_k", "start=there"])), "run_dir": str(tmp_path / "run")})
+
+
+def test_it_is_tested_in_the_scenes_of_the_others():
+    env = MetaWorld("window-close", render_mode=None)
+    seen, _ = env.reset(seed=TEST_SEED + 3)
+    simulator = Simulator("window-close")
+    assert np.array_equal(simulator.reset(drawn_scene(TEST_SEED + 3)).obs.astype(np.float32), seen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from picture_env import TASK, SquareEnv
-from running import Running, serving
+from running import Running, free_port, serving
 
 from policies import judges, vector
 from policies.judges import BadFrame, BadScore, JudgeGone, LocalJudge, RemoteJudge, make_judge
@@ -30,12 +29,6 @@ def clip(seed: int, count: int) -> np.ndarray:
     while len(frames) < count:
         frames.append(env.step(rng.uniform(-1, 1, 2))[0]["picture"])
     return np.stack(frames)
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,24 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path):
     assert variants["a"] == "checkpoint=judge/model, pessimism=0.0"
 
 
+def test_judges_of_one_name_are_two_lines_and_starts_that_differ_in_the_seed_are_one(tmp_path: Path):
+    for seed in range(2):
+        (tmp_path / "first" / f"run-{seed}").mkdir(parents=True)
+        asked = {"seed": seed, "checkpoint": None, "reward": "learned"}
+        (tmp_path / "first" / f"run-{seed}" / "config.json").write_text(json.dumps(asked))
+        for judge in ("one", "two"):
+            place = tmp_path / "runs" / f"{judge}-{seed}"
+            finished(place, "learned", seed, 0.2 if judge == "one" else 0.9)
+            start = str(tmp_path / "first" / f"run-{seed}")
+            asked = {"seed": seed, "checkpoint": f"/r/{judge}/judge/model", "start": start}
+            (place / "config.json").write_text(json.dumps(asked))
+    lines = table(read_runs(tmp_path / "runs")[0])
+    assert [(line["variant"], line["seeds"], line["success"]) for line in lines] == [
+        ("checkpoint=one/judge/model", [0, 1], 0.2),
+        ("checkpoint=two/judge/model", [0, 1], 0.9),
+    ]
+
+
 def test_a_folder_without_runs_is_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="no runs in"):
         read_runs(tmp_path)

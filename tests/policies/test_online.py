@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from running import free_port, serving
 
 from policies.demonstrations import Demonstration, demonstrate, replay
+from policies.judges import JudgeGone
 from policies.metaworld import MetaWorld
 from policies.online.dsrl import Dsrl
 from policies.online.learner import Learner, NormedCritic
@@ -169,14 +172,16 @@ def make_run(folder: Path, algorithm: Any, reward: str, checkpoint: Path | None 
     ],
     ids=["sac", "seeded", "dsrl"],
 )
+@pytest.mark.parametrize("at", [0, 16])
 def test_a_stopped_run_goes_on_as_the_unbroken_one(
-    algorithm: Any, reward: str, tiny_checkpoint: Path, tmp_path: Path
+    algorithm: Any, reward: str, at: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     class Stop(Exception):
         pass
 
     def stop(line: dict[str, Any]) -> None:
-        if line["step"] >= 16:
+        if line["step"] >= at:
+            broken._attempt()  # what came after the last evaluation is lost and done again
             raise Stop
 
     whole = make_run(tmp_path / "whole", algorithm, reward, tiny_checkpoint)
@@ -184,9 +189,8 @@ def test_a_stopped_run_goes_on_as_the_unbroken_one(
     broken = make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint)
     with pytest.raises(Stop):
         broken.train(stop)
-    broken._attempt()  # what came after the last evaluation is lost and done again
     resumed = make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint)
-    assert 16 <= resumed.step < 24
+    assert at <= resumed.step < at + 8
     again = resumed.train()
     for name in ("seconds",):
         result.pop(name), again.pop(name)
@@ -201,8 +205,38 @@ def test_a_stopped_run_goes_on_as_the_unbroken_one(
     if reward == "learned":
         watched = [(tmp_path / name / "monitor.jsonl").read_text() for name in ("whole", "broken")]
         assert watched[0] == watched[1]
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="holds another run"):
         make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint, seed=1)
+
+
+def test_a_run_whose_judge_goes_away_keeps_its_attempts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    schedule = Schedule(steps=12, first=2, updates=1, evaluate_every=12, episodes=1)
+    world = World(
+        "window-close", checkpoint=f"http://127.0.0.1:{port}", max_steps=4, vote=(1, 1, 0.0), patience_seconds=0.3
+    )
+
+    def made() -> Run:
+        return Run(tmp_path / "run", {}, Sac(SMALL, schedule), world, 0)
+
+    with serving(tmp_path / "log", f"port={port}", checkpoint=tiny_checkpoint) as running:
+        run = made()
+        attempt, done = run._attempt, itertools.count()
+
+        def attempt_until_it_goes() -> int:
+            if next(done) == 5:
+                running.process.kill()
+                running.process.wait()
+            return attempt()
+
+        run._attempt = attempt_until_it_goes  # type: ignore[method-assign]
+        with pytest.raises(JudgeGone, match="has been away"):
+            run.train()
+    with serving(tmp_path / "log2", f"port={port}", checkpoint=tiny_checkpoint):
+        run = made()
+        assert (run.step, run.episode, run.setup.learner.buffer.size()) == (5, 5, 5)
+        assert run.train()["steps"] == 12
+    assert [line["step"] for line in read_curve(tmp_path / "run")] == [0, 12]
 
 
 def test_the_command_trains_and_reports(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -277,6 +311,13 @@ def test_a_judge_is_refined_and_the_policies_go_on(tiny_checkpoint: Path, tmp_pa
     assert {(trajectory.task, trajectory.quality) for trajectory in joined} == {("close the window", "failure")}
     old, new = (RewardModel.from_pretrained(str(place)) for place in (tiny_checkpoint, out / "judge" / "model"))
     assert any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    sizes = json.loads(Path(runs[0], "config.json").read_text())["policy"]["learner"]
+    again = Sac(sizes, Schedule(**schedule))
+    begun = Run(tmp_path / "begun", {}, again, World("window-close", "sparse"), 9, Path(runs[0]))
+    learnt = torch.load(Path(runs[0], "state.pt"), weights_only=True)["learner"]["policy"]
+    networks = begun.setup.learner.sac.policy.state_dict()
+    assert all(torch.equal(networks[name], values) for name, values in learnt.items())
+    assert begun.setup.learner.buffer.size() == 0  # what the old judge paid for is forgotten
     for run in runs:
         went_on = json.loads((out / f"policy-{Path(run).name}" / "config.json").read_text())
         assert (went_on["start"], went_on["checkpoint"]) == (run, str(out / "judge" / "model"))
