@@ -375,6 +375,8 @@ def test_transitions_differ_in_rewards_only(data: Mixed) -> None:
         assert not other.terminated.any()
     steps = data.transitions("learned", Shaping(form="difference", scale=2.0)).rewards.reshape(4, 30)
     assert np.allclose(steps, 2 * np.diff(data.progress, axis=1), atol=1e-6)
+    with pytest.raises(UserError, match="form=potential only guides"):
+        data.transitions("learned", Shaping("potential"))
     with pytest.raises(UserError, match="unknown reward"):
         data.transitions("kind")  # type: ignore[arg-type]
 

@@ -165,6 +165,20 @@ def test_broken_hdf5(tmp_path, run, damage):
         run(path, "--out", tmp_path / "out.hdf5", "--task", TASK)
 
 
+def test_both_files_are_written_or_none(tmp_path, run):
+    path, file = write_hdf5(tmp_path / "in.hdf5", (4, 4)), tmp_path / "t.npz"
+    with h5py.File(path, "a") as source:
+        for group in ("obs", "next_obs"):
+            del source[f"data/demo_1/{group}/object"]
+            source[f"data/demo_1/{group}/object"] = np.zeros((4, 5))
+    command = ("--out", tmp_path / "out.hdf5", "--transitions", file)
+    for _ in range(2):  # and the same command says the same again
+        with pytest.raises(UserError, match="states"):
+            run(path, *command)
+        assert not (tmp_path / "out.hdf5").exists()
+        assert not file.exists()
+
+
 def test_options_that_make_no_sense(tmp_path, run):
     path = write_hdf5(tmp_path / "in.hdf5", (4,))
     out = ("--out", tmp_path / "out.hdf5")

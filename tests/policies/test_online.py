@@ -339,6 +339,11 @@ def test_a_judge_is_refined_and_the_policies_go_on(tiny_checkpoint: Path, tmp_pa
         (["policy=none"], "dsrl"),
         (["online.vote=[3,2,0.5]"], "vote of 3 of 2"),
         (["shaping.form=big"], "unknown form of reward"),
+        (["shaping.form=potential"], "form=potential only guides under an environment's reward"),
+        (["policy=sac", "policy.learner.gamma=2"], "gamma=2 of a learner must be from 0 to 1"),
+        (["policy=sac", "policy.learner.batch=0"], "batch=0 of a learner"),
+        (["policy=offline/iql", "policy.steps=0"], "steps=0 must be at least 1"),
+        (["policy=offline/iql", "checkpoint=http://127.0.0.1:1"], "is a server, but this needs the model itself"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
