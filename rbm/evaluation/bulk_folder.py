@@ -75,15 +75,18 @@ class Folder:
         return self.path / f"part-{number:06d}.parquet"
 
     def begin(self, joined: str | None) -> None:
-        """Make the folder, or see that it holds nothing but this run.
+        """Make the folder, or see that it holds nothing but this run. A run that came to no part is no hindrance.
 
         Raises:
             UserError: it holds another run, or files of something else; or it cannot be written.
         """
         manifest = self.path / MANIFEST
+        there = sorted(self.path.glob("part-*.parquet"))
         if manifest.exists():
-            self._compare(_manifest(manifest))
-        elif there := sorted(self.path.glob("part-*.parquet")):
+            earlier = _manifest(manifest)
+            if there:
+                self._compare(earlier)
+        elif there:
             raise UserError(
                 f"{self.path} holds {there[0].name}, but no {MANIFEST} that says what it is: give another --out"
             )
@@ -91,7 +94,7 @@ class Folder:
             raise UserError(
                 f"{self.path / joined} is there already, of something else: move it away, or give another --out"
             )
-        if not manifest.exists():
+        if not there:
             self.conclude({}, complete=False)
 
     @contextmanager
@@ -184,6 +187,12 @@ class Folder:
         content = {"format": FORMAT, "version": VERSION, "complete": complete, "asked": self.asked, **outcome}
         with whole_file(self.path / MANIFEST) as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def clear(self, parts: int) -> None:
+        """Take back a run that came to nothing, so that its folder is free for another."""
+        for number in range(parts):
+            self.part(number).unlink(missing_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
 
     def _compare(self, manifest: dict[str, Any]) -> None:
         before = manifest["asked"]

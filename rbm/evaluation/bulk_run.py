@@ -146,16 +146,14 @@ def run(job: Job, model: RewardModel, crew: Crew, tick: Tick, retry: bool = Fals
         missing = [part for part in range(job.parts) if part not in done]
         new = list(_work(job, model, crew, missing, tick)) if missing else []
         reports = sorted([*kept, *new], key=lambda report: report.part)
+        outcome = _outcome(reports, new, time.monotonic() - began)
+        if not outcome.trajectories:
+            folder.clear(job.parts)
+            name, why = outcome.unreadable[0]
+            raise UserError(f"none of {len(outcome.unreadable)} could be read; the first, {name}: {why}")
         if joined is not None:
             folder.join(joined, job.parts)
-        outcome = _outcome(reports, new, time.monotonic() - began)
         folder.conclude({name: value for name, value in outcome.to_json().items() if name in _KEPT})
-    if not outcome.trajectories:
-        name, why = outcome.unreadable[0]
-        raise UserError(
-            f"none of {len(outcome.unreadable)} could be read; the first, {name}: {why} "
-            f"(once that is mended: --retry; for other options delete {folder.path} first)"
-        )
     return outcome
 
 

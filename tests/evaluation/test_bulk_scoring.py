@@ -356,6 +356,13 @@ def test_where_nothing_can_be_read_it_fails(dot_corpus: Corpus, tiny_checkpoint:
         UserError, match=r"none of 48 could be read; the first, dot/.*: it has no view 'side', only main"
     ):
         score(place(dot_corpus), tmp_path / "out", tiny_checkpoint, view="side")
+    assert not files(tmp_path / "out")
+
+
+def test_a_run_that_came_to_nothing_is_no_hindrance(dot_corpus: Corpus, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Ray cluster"):
+        score(place(dot_corpus), tmp_path / "out", tiny_checkpoint, Crew(ray="127.0.0.1:1"), size=7)
+    assert score(place(dot_corpus), tmp_path / "out", tiny_checkpoint, size=10).parts == 5
 
 
 BROKEN: dict[str, Callable[[Path], object]] = {
