@@ -23,6 +23,9 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: a name that does not exist (the message lists those that do), or a bad override.
     """
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"{text!r} is no setting: write KEY=VALUE; --cfg shows every key")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("rbm.conf", version_base="1.3"):

@@ -30,7 +30,7 @@ def test_unknown_names_and_keys_are_one_line():
     for overrides, says in (
         (["model=giant"], "there are, in 'model': nano"),
         (["seeed=1"], "no such key"),
-        (["nonsense"], "nonsense"),
+        (["nonsense"], "'nonsense' is no setting: write KEY=VALUE"),
     ):
         with pytest.raises(UserError, match=says) as caught:
             compose("train", overrides)

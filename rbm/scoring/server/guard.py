@@ -142,7 +142,8 @@ class Guard:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         right = hmac.compare_digest(given.strip(), self._token)
         if scheme.lower() != b"bearer" or not right:
-            raise Refusal("this server wants a token: send the header `Authorization: Bearer TOKEN`", 401)
+            what = "another token" if given.strip() else "a token"
+            raise Refusal(f"this server wants {what}: send the header `Authorization: Bearer TOKEN`", 401)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _headers(scope)

@@ -225,6 +225,7 @@ def test_a_wrong_token(siege: Siege) -> None:
                 *(httpx.get(url + path, headers=headers) for path in ("/metrics", "/model_info", "/gpu_status")),
             ):
                 assert "Authorization: Bearer" in sentence(answer, 401)
+                assert ("wants another token" in sentence(answer, 401)) == (" " in given)
                 assert answer.headers["www-authenticate"] == "Bearer"
             assert httpx.get(f"{url}/health", headers=headers).status_code == 200
             with pytest.raises(InvalidStatus) as caught, siege.server.stream(additional_headers=headers):
