@@ -29,6 +29,7 @@ from torch import Tensor
 from rbm.errors import UserError
 from rbm.frames import pick_frames, session_strides
 from rbm.model import ClipBatch, RewardModel, RewardOutput
+from rbm.model.adapter import fingerprint
 from rbm.scoring.scores import ClipScores, Floats, FrameScore, Scores
 from rbm.scoring.views import Clips, Footage, Recording, Video, check_views, clips_of
 from rbm.video import Frames, StoredClip
@@ -92,6 +93,10 @@ class Scorer:
     def context_frames(self) -> int:
         """The most frames that the model reads at once."""
         return self.model.context_frames
+
+    def fingerprint(self) -> str:
+        """Hexadecimal; another one for other weights, whatever their precision (`rbm.model.adapter.fingerprint`)."""
+        return fingerprint(self.model.state_dict())
 
     @property
     def views(self) -> tuple[str, ...]:

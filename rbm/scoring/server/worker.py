@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from rbm.errors import UserError
-from rbm.model.adapter import fingerprint
 from rbm.scoring.scorer import Scorer, best_first, scores_of, worth_of_pairs
 from rbm.scoring.scores import ClipScores, Scores
 from rbm.scoring.server.pipes import Fields, Pipe
@@ -387,7 +386,7 @@ def facts(scorer: Scorer, checkpoint: str | None) -> Fields:
     return {
         "model": model.backbone.name,
         "checkpoint": checkpoint or "nano (shipped)",
-        "weights": fingerprint(model.state_dict()),
+        "weights": scorer.fingerprint(),
         "context_frames": scorer.context_frames,
         "views": list(scorer.views),
         "preference": model.preference,
