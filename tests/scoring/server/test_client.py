@@ -81,6 +81,7 @@ def pushed(own: Scorer, task: str, frames: np.ndarray) -> list[FrameScore]:
 def test_what_the_server_says_of_itself(client, own):
     assert client.health()["status"] == "healthy"
     assert client.info()["context_frames"] == own.context_frames
+    assert client.info()["weights"] == own.fingerprint()
 
 
 def test_videos_score_as_in_this_process(client, own, video_path, clip_of, tmp_path):
