@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -169,20 +169,28 @@ def force_to_disk(location: Location, folders: Sequence[str], since: float) -> N
     """Have the system write the files of a local repository that changed after `since` (seconds) to the disk, with
     their names, so that a machine that loses its power loses nothing before them.
 
+    Other writers may go on meanwhile: a file that they rename under its last name while this looks is not yet named by
+    anybody, and is passed over.
+
     Raises:
         OSError: the disk is full, or fails.
     """
     if location.local is None:
         return
     for folder in filter(Path.is_dir, (location.local / name for name in folders)):
+        recent = []
         with os.scandir(folder) as entries:
-            recent = [entry.path for entry in entries if entry.is_file() and entry.stat().st_mtime >= since - 2]
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.is_file() and entry.stat().st_ctime >= since - 2:  # a rename counts too
+                        recent.append(entry.path)
         for path in [*recent, str(folder)] if recent else ():
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            with suppress(FileNotFoundError):
+                file = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
 
 
 def group(session: icechunk.Session | icechunk.ForkSession, location: Location) -> zarr.Group:

@@ -1,8 +1,10 @@
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from attempts import attempt, payload_bytes, same_record, write
 
-from rbm.corpus import Corpus, CorpusWriter, ForkWriter, layout
+from rbm.corpus import Corpus, CorpusWriter, ForkWriter, layout, store
 from rbm.errors import UserError
 from rbm.trajectory import Quality
 
@@ -249,6 +251,32 @@ def test_every_file_that_a_commit_names_is_forced_to_the_disk(tmp_path, monkeypa
     assert len(chunks) == 2
     assert chunks <= forced
     assert str(tmp_path / "c" / "refs" / "branch.main" / "ref.json") in forced
+
+
+def test_a_commit_stands_beside_files_that_a_worker_is_still_writing(tmp_path):
+    """Object stores write under a passing name, which is gone at any moment."""
+    folder, done = tmp_path / "c" / "chunks", threading.Event()
+
+    def write_on():
+        for number in itertools.count():
+            if done.is_set():
+                return
+            (folder / f"{number}#1").write_bytes(b"x")
+            (folder / f"{number}#1").rename(folder / "whole")
+
+    with CorpusWriter(tmp_path / "c") as writer:
+        writer.add(*attempt(0))
+        writer.commit()
+        busy = threading.Thread(target=write_on)
+        busy.start()
+        try:
+            for _ in range(500):
+                store.force_to_disk(writer.location, store.PAYLOAD_FOLDERS, time.time())
+        finally:
+            done.set()
+            busy.join()
+        writer.add(*attempt(1))
+    assert len(Corpus.open(tmp_path / "c")) == 2
 
 
 def test_many_replacements_take_no_longer_each(tmp_path):
