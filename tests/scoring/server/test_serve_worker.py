@@ -59,6 +59,25 @@ def test_one_push_that_fails_leaves_the_others_alone(worker, own, clip_of):
     assert found[7]["context"] == [0, 1, 2]
 
 
+def test_a_long_clip_holds_up_no_session(worker, own, clip_of):
+    frames = clip_of(1, 200)
+    written = []
+    worker.pipe.write = lambda message: written.extend(message["answers"])
+
+    def turn(*requests: Request) -> dict[int, dict]:
+        written.clear()
+        for waiting in requests:
+            worker._come.put(waiting)
+        worker.turn()
+        return answers(written)
+
+    turn(request(1, "open", session=1, task=TASK), request(2, "score", frames, task=TASK, every=1))
+    for number in (3, 4, 5):  # 200 frames are four pieces of at most 64: a turn of the session after each
+        assert turn(request(number, "push", frames[:1], session=1)).keys() == {number}
+    scores = turn()[2]["scores"][0]
+    np.testing.assert_allclose(scores["progress"], own.score(frames, TASK, every=1).progress, atol=1e-5)
+
+
 def test_what_a_session_is_told_between_pushes_stands_between_them(worker, own, clip_of):
     frames = clip_of(2, 10)
     found = answers(
