@@ -417,16 +417,19 @@ def _progress(stopped: str) -> Iterator[Progress | None]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        if console.is_terminal:
-            with Progress(*columns, console=console, transient=True) as progress:
-                yield progress
-        else:
-            yield None
-    except (KeyboardInterrupt, UserError) as error:
-        # Icechunk makes an error of its own of Ctrl-C, which may come as the reason in a sentence of ours
-        if isinstance(error, UserError) and "KeyboardInterrupt" not in str(error):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Icechunk and Python may both raise for one Ctrl-C
+        try:
+            if console.is_terminal:
+                with Progress(*columns, console=console, transient=True) as progress:
+                    yield progress
+            else:
+                yield None
+        except UserError as error:
+            # Icechunk makes an error of its own of Ctrl-C, which may come as the reason in a sentence of ours
+            if "KeyboardInterrupt" not in str(error):
+                raise
+            raise KeyboardInterrupt from error
+    except KeyboardInterrupt:  # Icechunk and Python may both raise for one Ctrl-C, one while the other is looked at
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo(stopped, err=True)
         sys.exit(130)
 
