@@ -18,6 +18,7 @@ def build(overrides: tuple[str, ...], show: bool) -> None:
     Examples:
       rbm build source=videos source.manifest=demos.csv corpus=data/mine
       rbm build source=metaworld 'source.envs=[drawer-open-v3,door-close-v3]' corpus=data/sim
+      rbm build source=metaworld_attempts source.runs=runs/rl corpus=data/sim      what policies did
       rbm build source=metaworld --cfg          every key there is
     The simulator needs `make sim` (pip install 'robot-rbm[sim]').
     """
@@ -29,7 +30,9 @@ def build(overrides: tuple[str, ...], show: bool) -> None:
 
     config = compose("build", overrides)
     if config.get("source") is None:
-        raise UserError("say where trajectories come from: source=videos or source=metaworld (see rbm build --help)")
+        raise UserError(
+            "say where trajectories come from: source=videos, metaworld or metaworld_attempts (see rbm build --help)"
+        )
     if show:
         click.echo(OmegaConf.to_yaml(config))
         return

@@ -30,3 +30,10 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is no run's configuration ({error}): give another run_dir, or delete it") from error
     if not same:
         raise UserError(f"{folder} holds another run (see config.json there): give another run_dir, or delete it")
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Drop all but the first lines of a file: what was written after a state that is gone back to."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    with whole_file(path) as target:
+        target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

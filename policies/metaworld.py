@@ -83,22 +83,23 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self._now: Snapshot | None = None
-        self._steps = 0
-        self._action = np.zeros(4, np.float32)
+        self._scene = 0
+        self._actions: list[NDArray[np.float32]] = []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         super().reset(seed=seed)
-        self._now = self.simulator.reset(_draw(self.np_random))
-        self._steps = 0
+        self._scene = _draw(self.np_random)
+        self._now = self.simulator.reset(self._scene)
+        self._actions = []
         return self._now.obs.astype(np.float32), {"success": self._now.success}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         if self._now is None:
             raise UserError("no episode is running: call reset() before step()")
-        self._action = action
+        self._actions.append(action)
         dense, success, moments = 0.0, False, 0
         for _ in range(self._repeat):
             self._now = self.simulator.step(action)
@@ -107,15 +108,20 @@ class MetaWorld(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             moments += 1
             if success and self._terminate:
                 break
-        self._steps += 1
         reward = {"none": 0.0, "sparse": float(success) - 1.0, "dense": dense / moments}[self._reward]
         terminated = success and self._terminate
-        truncated = self._steps >= self._max_steps and not terminated
+        truncated = len(self._actions) >= self._max_steps and not terminated
         return self._now.obs.astype(np.float32), reward, terminated, truncated, {"success": success}
 
     def done_soon(self, actions: int) -> bool:
         """Whether the task is done within so many more actions like the last. The episode is over then."""
-        return any(self.step(self._action)[4]["success"] for _ in range(actions))
+        last = self._actions[-1]
+        return any(self.step(last)[4]["success"] for _ in range(actions))
+
+    def attempt(self) -> dict[str, Any]:
+        """What was done since the reset, in plain values: `rbm build source=metaworld_attempts` shows it again."""
+        actions = [[float(value) for value in action] for action in self._actions]
+        return {"env": self.task, "scene": self._scene, "action_repeat": self._repeat, "actions": actions}
 
     def render(self) -> NDArray[np.uint8] | None:
         """What the camera sees now: uint8 (size, size, 3)."""

@@ -17,6 +17,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.folder import keep_lines
 from rbm.errors import UserError
 from rbm.output import whole_file
 from rbm.video import encode_video
@@ -111,9 +112,7 @@ class Monitor:
         self._wrong.extend(state["wrong"])
         self._kept = state["kept"]
         if self.folder is not None and (self.folder / "monitor.jsonl").exists():
-            lines = (self.folder / "monitor.jsonl").read_text().splitlines()[:episodes]
-            with whole_file(self.folder / "monitor.jsonl") as target:
-                target.write_text("".join(line + "\n" for line in lines))
+            keep_lines(self.folder / "monitor.jsonl", episodes)
 
 
 def read_monitor(folder: Path) -> list[Watched]:

@@ -159,12 +159,44 @@ def _origin(start: str) -> str:
     return json.dumps({**config, "seed": None}, sort_keys=True)
 
 
-def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[str, Any]]:
+Budgets = Mapping[str, int]
+"""Steps of learning, for `ALGORITHM/TASK` or, under the empty name, for all others."""
+
+
+def read_budgets(given: Sequence[str]) -> dict[str, int]:
+    """`["1600", "sac/door-close=800"]` as budgets.
+
+    Raises:
+        UserError: one of them is neither a number of steps nor ALGORITHM/TASK=NUMBER.
+    """
+    found: dict[str, int] = {}
+    for text in given:
+        key, _, number = text.rpartition("=")
+        if not number.isdecimal() or ("=" in text and key.count("/") != 1):
+            raise UserError(
+                f"--at {text}: give steps, such as 1600, or ALGORITHM/TASK=STEPS, such as sac/door-close=800"
+            )
+        found[key] = int(number)
+    return found
+
+
+def _budget(budgets: Budgets, algorithm: str, task: str) -> int | None:
+    return budgets.get(f"{algorithm}/{task}", budgets.get(""))
+
+
+def table(runs: Sequence[FinishedRun], budgets: Budgets | None = None) -> list[dict[str, Any]]:
     """A line for each algorithm, task, reward, variant, in this order: success over seeds (mean, lowest, highest).
 
     Args:
-        budget: tell also the success within so many steps.
+        budgets: tell also the success within so many steps.
+
+    Raises:
+        UserError: a budget of runs that are not there.
     """
+    budgets = budgets or {}
+    unknown = set(budgets) - {"", *(f"{run.key[0]}/{run.key[1]}" for run in runs)}
+    if unknown:
+        raise UserError(f"--at: there is no finished run of {', '.join(sorted(unknown))}")
     groups: dict[tuple[str, str, str, str], list[FinishedRun]] = defaultdict(list)
     for run in runs:
         groups[*run.key, run.variant].append(run)
@@ -172,6 +204,7 @@ def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[s
     for key in sorted(groups, key=lambda key: (key[0], key[1], ORDER.index(key[2]), key[3])):
         group = groups[key]
         algorithm, task, reward, variant = key
+        budget = _budget(budgets, algorithm, task)
         rates = [float(run.result["success_rate"]) for run in group]
         bases = [run.result["base"] for run in group if run.result.get("base") is not None]
         good = [run.good_from for run in group if run.good_from is not None]
@@ -188,18 +221,29 @@ def table(runs: Sequence[FinishedRun], budget: int | None = None) -> list[dict[s
                 "before": float(np.mean(bases)) if bases else None,
                 "good_from": float(np.median(good)) if good else None,
                 "good_seeds": len(good),
-                **({} if budget is None else {"within": float(np.mean([run.success_at(budget) for run in group]))}),
+                **({} if budget is None else _within(group, budget)),
                 "minutes": float(np.mean([run.result.get("seconds", float("nan")) for run in group])) / 60,
             }
         )
     return lines
 
 
-def markdown(lines: Sequence[dict[str, Any]], budget: int | None = None) -> str:
+def _within(group: Sequence[FinishedRun], budget: int) -> dict[str, Any]:
+    rates = [run.success_at(budget) for run in group]
+    return {
+        "budget": budget,
+        "within": float(np.mean(rates)),
+        "within_lowest": min(rates),
+        "within_highest": max(rates),
+    }
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a Markdown table."""
     heads = ["algorithm", "task", "reward", "seeds", "before", "success", f"steps to {GOOD:.0%} (seeds)", "minutes"]
-    if budget is not None:
-        heads.insert(5, f"within {budget:,} steps")
+    early = any("within" in line for line in lines)
+    if early:
+        heads.insert(5, "early")
     found = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for line in lines:
         cells = [
@@ -212,8 +256,8 @@ def markdown(lines: Sequence[dict[str, Any]], budget: int | None = None) -> str:
             "–" if line["good_from"] is None else f"{line['good_from']:,.0f} ({line['good_seeds']})",
             f"{line['minutes']:.1f}",
         ]
-        if budget is not None:
-            cells.insert(5, f"{line['within']:.2f}")
+        if early:
+            cells.insert(5, f"{line['within']:.2f} within {line['budget']:,}" if "within" in line else "–")
         found.append(f"| {' | '.join(cells)} |")
     return "\n".join(found)
 
@@ -289,8 +333,14 @@ def _pyplot() -> Any:
 @click.command("rl")
 @click.argument("folder", default="runs", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write; default: FOLDER/report.")
-@click.option("--at", "budget", type=click.IntRange(min=0), help="Also the success within so many steps of learning.")
-def report_rl(folder: Path, out: Path | None, budget: int | None) -> None:
+@click.option(
+    "--at",
+    "budgets",
+    multiple=True,
+    metavar="[ALGORITHM/TASK=]STEPS",
+    help="Also the success within so many steps of learning.",
+)
+def report_rl(folder: Path, out: Path | None, budgets: tuple[str, ...]) -> None:
     """Tables and figures of the policies that were trained in FOLDER.
 
     Writes results.json (every curve), table.md, a figure for each algorithm, and, where score and success parted in a
@@ -303,11 +353,13 @@ def report_rl(folder: Path, out: Path | None, budget: int | None) -> None:
     Examples:
       rbm report rl runs --out docs/rl
       rbm report rl runs --at 1000
+      rbm report rl runs --at 2000 --at sac/door-close=800
     """
+    early = read_budgets(budgets)
     runs, unfinished = read_runs(folder)
     target = out or folder / "report"
     target.mkdir(parents=True, exist_ok=True)
-    lines = table(runs, budget)
+    lines = table(runs, early)
     saved = {
         "table": lines,
         "runs": [
@@ -324,14 +376,14 @@ def report_rl(folder: Path, out: Path | None, budget: int | None) -> None:
     with whole_file(target / "results.json") as temporary:
         temporary.write_text(json.dumps(saved) + "\n")
     with whole_file(target / "table.md") as temporary:
-        temporary.write_text(markdown(lines, budget) + "\n")
+        temporary.write_text(markdown(lines) + "\n")
     for algorithm in sorted({run.key[0] for run in runs if run.steps}):
         plot_curves(runs, algorithm, target / f"{algorithm}.png")
     parted = {run.key[:2] for run in runs if any(episode.diverged for episode in run.watched)}
     for algorithm, task in sorted(parted):
         watched = [run for run in runs if run.key[:2] == (algorithm, task) and run.watched]
         plot_watched(watched, target / f"watched_{algorithm}_{task}.png")
-    click.echo(markdown(lines, budget))
+    click.echo(markdown(lines))
     if unfinished:
         click.echo(f"{len(unfinished)} not finished: {', '.join(unfinished)}", err=True)
     click.echo(f"report: {target}", err=True)

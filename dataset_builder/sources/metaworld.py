@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dataset_builder.metaworld.plans import PLANS, Aim, Plan
 from dataset_builder.metaworld.rollout import Attempt, Judge, Study
-from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, did_you_mean, load_metaworld
+from dataset_builder.metaworld.simulator import FPS, NEAR_VIEW, Simulator, did_you_mean, load_metaworld
 from dataset_builder.metaworld.tasks import MT10, TASKS
 from dataset_builder.sources.base import Episode, Skipped
 from rbm.errors import UserError
@@ -130,8 +130,7 @@ class Metaworld:
                     raise UserError(f"unknown {what} {item!r} in source {name!r}: {did_you_mean(item, list(known))}")
         if not self._cameras or len(set(self._cameras)) < len(self._cameras):
             raise UserError(f"source {name!r}: cameras={list(self._cameras)} must name at least one, none twice")
-        if not 8 <= self._size <= MAX_SHORT_SIDE:
-            raise UserError(f"source {name!r}: size={size} must be 8 to {MAX_SHORT_SIDE} pixels")
+        check_size(name, self._size)
         if min(self._seed, self._first) < 0 or self._most < 1:
             raise UserError(f"source {name!r}: seed and first_index must not be negative, max_attempts at least 1")
         if min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -146,7 +145,7 @@ class Metaworld:
 
     def source_facts(self) -> dict[str, Any]:
         """The configured facts, and what a reader of the corpus needs to make it again."""
-        version = _version()
+        version = simulator_version()
         return {
             "completion": None,
             **self._facts,
@@ -223,29 +222,16 @@ class Metaworld:
         return next((slot for slot in slots if wanted[slot]), None)
 
     def _episode(self, unit: str, identity: str, index: int, attempt: Attempt) -> Episode:
-        picked = pick_frames(len(attempt), MAX_STORED_FRAMES)
-        physics = [attempt.snapshots[i].physics for i in picked]
-        frames = self._studied(unit).simulator.render(physics, self._cameras, self._size)
-        trajectory = Trajectory(
-            id=identity,
-            task=TASKS[unit].text,
-            source=self.name,
-            quality=attempt.quality or Quality.FAILURE,
-            frame_index=picked.astype(np.int32),
-            timestamp=(picked / FPS).astype(np.float32),
-            fps=FPS,
-            height=self._size,
-            width=self._size,
-            views=self._cameras,
-            messy=attempt.messy,
-            embodiment="sawyer",
-            is_robot=True,
-            is_sim=True,
-            done_index=attempt.done,
-            progress=attempt.progress[picked],
-            provenance=f"metaworld {_version()} {unit}-v3, seed {self._seed}, attempt {index}, plan {attempt.plan}",
+        return film(
+            self._studied(unit).simulator,
+            attempt,
+            pick_frames(len(attempt), MAX_STORED_FRAMES),
+            self._cameras,
+            self._size,
+            identity,
+            f"seed {self._seed}, attempt {index}, plan {attempt.plan}",
+            {key: _array(attempt, key) for key in self._arrays},
         )
-        return Episode(trajectory, frames, {key: _array(attempt, key) for key in self._arrays})
 
     def _studied(self, unit: str) -> Study:
         if self._study is None or self._study[0] != unit:
@@ -256,6 +242,50 @@ class Metaworld:
 
     def _draw_plan(self, rng: np.random.Generator) -> Plan:
         return PLANS[self._plan_names[int(rng.choice(len(self._plan_names), p=self._plan_odds))]]
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises UserError for pictures that a corpus does not hold."""
+    if not 8 <= size <= MAX_SHORT_SIDE:
+        raise UserError(f"source {name!r}: size={size} must be 8 to {MAX_SHORT_SIDE} pixels")
+
+
+def film(
+    simulator: Simulator,
+    attempt: Attempt,
+    picked: NDArray[np.int64],
+    cameras: tuple[str, ...],
+    size: int,
+    identity: str,
+    provenance: str,
+    arrays: dict[str, NDArray[Any]],
+) -> Episode:
+    """An attempt with a quality, at the moments `picked`; its scene must still be in the simulator.
+
+    The source's name is what the identity begins with.
+    """
+    assert attempt.quality is not None
+    frames = simulator.render([attempt.snapshots[i].physics for i in picked], cameras, size)
+    trajectory = Trajectory(
+        id=identity,
+        task=TASKS[simulator.name].text,
+        source=identity.partition("/")[0],
+        quality=attempt.quality,
+        frame_index=picked.astype(np.int32),
+        timestamp=(picked / FPS).astype(np.float32),
+        fps=FPS,
+        height=size,
+        width=size,
+        views=cameras,
+        messy=attempt.messy,
+        embodiment="sawyer",
+        is_robot=True,
+        is_sim=True,
+        done_index=attempt.done,
+        progress=attempt.progress[picked],
+        provenance=f"metaworld {simulator_version()} {simulator.name}-v3, {provenance}",
+    )
+    return Episode(trajectory, frames, arrays)
 
 
 def _array(attempt: Attempt, key: str) -> NDArray[Any]:
@@ -321,7 +351,7 @@ def _aim(slot: _Slot) -> Aim:
     return Aim.MESSY if slot.messy else Aim.CLEAN
 
 
-def _version() -> str:
+def simulator_version() -> str:
     from importlib.metadata import version
 
     load_metaworld()

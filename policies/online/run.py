@@ -2,6 +2,7 @@
 
 config.json    what was asked
 curve.jsonl    a line for each evaluation
+attempts.jsonl what was done in each training episode (`dataset_builder.sources.metaworld_attempts`)
 monitor.jsonl  a line for each training episode, where a reward model judges (`policies.monitor`)
 clips/         episodes that were judged done and were not
 state.pt       learner, buffer and counters of the last evaluation, or of where the judge went away; tensors and plain
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from policies.folder import claim
+from policies.folder import claim, keep_lines
 from policies.monitor import Film, Monitor
 from policies.online.learner import Learner
 from policies.online.world import Env, World
@@ -77,7 +78,8 @@ class Setup:
     Attributes:
         training, test: environments of one action space. `info["success"]` says whether the task is done now; where a
             reward model judges, the training environment has an `instruction`, and `info` what the wrapper puts there.
-            Where it has `done_soon(actions)`, a judgement may come so many actions too early (`MetaWorld.done_soon`).
+            Where it has `done_soon(actions)`, a judgement may come so many actions too early, and where it has
+            `attempt()`, episodes are kept in `attempts.jsonl` (`MetaWorld` has both).
         learner: acts in them.
         first: what is done in the first decisions, instead of the learner's own; takes a generator.
         draws: whether the policy that is evaluated draws its actions, as it does in training, or takes their mean.
@@ -209,6 +211,9 @@ class Run:
             value = max(value, float(info.get("value", 0.0)))
             self.step += 1
         self.won.append(success)
+        if env.has_wrapper_attr("attempt"):
+            with (self.folder / "attempts.jsonl").open("a") as file:
+                file.write(json.dumps(env.get_wrapper_attr("attempt")()) + "\n")
         if self.monitor is not None:
             frames = [] if self._film is None else self._film.frames
             soon = env.get_wrapper_attr("done_soon") if env.has_wrapper_attr("done_soon") else lambda actions: False
@@ -252,7 +257,7 @@ class Run:
     def _continue(self) -> None:
         path = self.folder / "state.pt"
         if not path.exists():
-            for name in ("curve.jsonl", "monitor.jsonl"):
+            for name in ("curve.jsonl", "monitor.jsonl", "attempts.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
             if self._start is not None:
                 self.setup.learner.take(_read_state(self._start / "state.pt")["learner"])
@@ -263,6 +268,9 @@ class Run:
         self.rng.bit_generator.state = json.loads(state["generator"])
         if self.monitor is not None:
             self.monitor.restore(state["monitor"], self.episode)
+        attempts = self.folder / "attempts.jsonl"
+        if attempts.exists():
+            keep_lines(attempts, self.episode)
         curve = read_curve(self.folder)
         with whole_file(self.folder / "curve.jsonl") as target:
             target.write_text("".join(json.dumps(line) + "\n" for line in curve if line["step"] <= self.step))

@@ -22,9 +22,13 @@ from rbm.config import override
 
 TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     "seeded_sac": {
-        "faucet-open": ("policy.successes=9", "policy.aside=0.08"),
-        "window-close": ("policy.successes=6", "policy.aside=0.2"),
-        "faucet-close": ("policy.successes=10", "policy.aside=0.08"),
+        "faucet-close": ("policy.successes=1", "policy.aside=0.08"),
+        "window-close": ("policy.successes=1", "policy.aside=0.2", "policy.schedule.steps=4000"),
+        "door-close": ("policy.successes=4", "policy.aside=0.16", "policy.schedule.steps=2000"),
+        "drawer-close": (
+            *("policy.successes=10", "policy.aside=0.16"),
+            *("policy.schedule.steps=1000", "policy.schedule.evaluate_every=100"),
+        ),
     },
     "dsrl": {
         "drawer-open": ("policy.successes=4", "policy.aside=0.12"),
@@ -38,17 +42,17 @@ TASKS: dict[str, dict[str, tuple[str, ...]]] = {
         "window-close": (),
     },
 }
-"""By policy, with how its demonstrations are, so that a clone of them succeeds in 20 to 50 % of its attempts, and a
-shorter budget where the dense reward needs no more. All of it was chosen by runs with seeds from 100 on."""
+"""By policy, with how its demonstrations are, so that a clone of them succeeds now and then (17 to 40 %), and a budget
+where it is not the policy's own. docs/policies.md tells how all of it was chosen."""
 
 REWARDS = ("learned", "sparse", "dense")
 
 
 def runs(
-    out: Path, judge: str | None, arms: list[str], tasks: list[str], seeds: int
+    out: Path, judge: str | None, arms: list[str], tasks: list[str], seeds: range
 ) -> Iterator[tuple[Path, list[str]]]:
     """Folder and overrides of each run, seed by seed, so that a part of the matrix is a whole comparison."""
-    for seed in range(seeds):
+    for seed in seeds:
         for policy, known in TASKS.items():
             for task, own in known.items():
                 for reward in REWARDS:
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=[], help="POLICY/REWARD, such as dsrl/learned; default: all")
     parser.add_argument("--tasks", nargs="*", default=[], help="default: those of each policy")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="from 100 on: runs for a judge to learn from")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -84,9 +89,9 @@ def main() -> None:
         return None if code == 0 else folder.name
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = [
-            name for name in pool.map(one, runs(given.out, given.judge, given.arms, given.tasks, given.seeds)) if name
-        ]
+        seeds = range(given.first_seed, given.first_seed + given.seeds)
+        wanted = runs(given.out, given.judge, given.arms, given.tasks, seeds)
+        failed = [name for name in pool.map(one, wanted) if name]
     results = [json.loads(path.read_text()) for path in sorted(given.out.glob("*/result.json"))]
     print(json.dumps({"results": results, "failed": failed}, indent=1))
 

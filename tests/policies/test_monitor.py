@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from policies.monitor import Monitor, read_monitor
 from policies.refine import flagged
-from policies.report import markdown, read_runs, table
+from policies.report import markdown, read_budgets, read_runs, table
 from rbm.cli import cli
 from rbm.errors import UserError
 from rbm.video import VideoFile
@@ -95,13 +95,22 @@ def test_seeds_are_one_line_and_unfinished_runs_are_named(tmp_path: Path):
     assert sparse["before"] is None
     assert (learned["good_from"], learned["good_seeds"], sparse["good_from"]) == (10, 1, None)
     assert "| dsrl | push | learned | 3 | 0.25 | 0.75 (0.50 to 1.00) | 10 (1) | 2.0 |" in markdown([learned, sparse])
-    assert [line["within"] for line in table(runs, 9)] == [0.25, 0.25]
-    within = table(runs, 10)  # (.25 + .5) / 2, (.25 + .75) / 2, (.25 + 1) / 2
+    assert [line["within"] for line in table(runs, {"": 9})] == [0.25, 0.25]
+    within = table(runs, read_budgets(["9", "dsrl/push=10"]))  # (.25 + .5) / 2, (.25 + .75) / 2, (.25 + 1) / 2
     assert within[0]["within"] == pytest.approx(0.5)
-    assert "| 0.25 | 0.50 | 0.75 (0.50 to 1.00) |" in markdown(within, 10)
+    assert (within[0]["within_lowest"], within[0]["within_highest"]) == (0.375, 0.625)
+    assert "| 0.25 | 0.50 within 10 | 0.75 (0.50 to 1.00) |" in markdown(within)
+    with pytest.raises(UserError, match="no finished run of sac/push"):
+        table(runs, {"sac/push": 10})
     done = CliRunner().invoke(cli, ["report", "rl", str(tmp_path)], catch_exceptions=False)
     assert "1 not finished: half" in done.output
     assert (tmp_path / "report" / "dsrl.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "push=10", "dsrl/push=", "dsrl/push=ten", "=5", "a/b/c=5"])
+def test_a_budget_that_is_none_is_refused(text: str):
+    with pytest.raises(UserError, match="give steps, such as 1600"):
+        read_budgets([text])
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path):

@@ -124,6 +124,30 @@ def test_iql_clones_with_the_advantages_weight(q: float, weight: float) -> None:
     assert found == pytest.approx(-weight * density, rel=1e-5)
 
 
+def test_cql_lowers_what_the_data_does_not_show() -> None:
+    # Q is 3 everywhere: log Σ over a random action (density ½ each way) and two of the policy's, e^Q ÷ density, less Q
+    count, std = 20_000, math.exp(-0.5)
+    one = chain(1, 1)
+    data = replace(one, **{name.name: np.repeat(getattr(one, name.name), count, axis=0) for name in fields(one)})
+    data = replace(data, episode=np.arange(count), actions=np.full((count, 1), 0.5, np.float32))
+    torch.manual_seed(0)
+    learning = CQL(hidden=(4,), conservatism=5.0, samples=1, discount=0.9).start(data)
+    loss: Any = learning.networks
+    with torch.no_grad():
+        for name, parameter in loss.named_parameters():
+            if not name.endswith("log_std"):
+                parameter.zero_()
+        loss.qvalue_network_params["module", "net", "2", "bias"].data.fill_(3.0)
+    found = float(learning._losses(learning.data)["loss_cql"])
+    # the policy's action is tanh(z), z normal around 0: density N(z) ÷ (1 − tanh² z); the mean over two z on a grid
+    z = np.linspace(-5, 5, 801) * std
+    normal = np.exp(-0.5 * (z / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    share = normal / normal.sum()
+    inverse = (1 - np.tanh(z) ** 2) / normal
+    by_hand = float(share @ np.log(2 + inverse[:, None] + inverse[None, :]) @ share)
+    assert found == pytest.approx(2 * 5.0 * by_hand, rel=0.01)  # two networks; 20,000 draws
+
+
 def test_lambda_returns_by_hand() -> None:
     rewards, ahead = np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 20.0, 30.0, 40.0])
     terminated, last = np.array([False, True, False, False]), np.array([False, True, False, True])

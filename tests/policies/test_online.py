@@ -14,12 +14,13 @@ import torch
 from click.testing import CliRunner
 from running import free_port, serving
 
+from dataset_builder.sources.metaworld_attempts import read_attempts
 from policies.demonstrations import Demonstration, demonstrate, replay
 from policies.judges import JudgeGone
-from policies.metaworld import MetaWorld
+from policies.metaworld import MetaWorld, drawn_scene
 from policies.online.dsrl import Dsrl
 from policies.online.learner import Learner, NormedCritic
-from policies.online.run import Run, Schedule, read_curve
+from policies.online.run import Run, Schedule, read_curve, scene
 from policies.online.sac import Sac
 from policies.online.seeded_sac import SeededSac
 from policies.online.world import Chunks, World
@@ -202,9 +203,13 @@ def test_a_stopped_run_goes_on_as_the_unbroken_one(
     assert curve("broken") == curve("whole")
     a, b = (run.setup.learner.sac.policy.state_dict() for run in (whole, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    if reward == "learned":
-        watched = [(tmp_path / name / "monitor.jsonl").read_text() for name in ("whole", "broken")]
-        assert watched[0] == watched[1]
+    for file in ("attempts.jsonl", "monitor.jsonl") if reward == "learned" else ("attempts.jsonl",):
+        written = [(tmp_path / name / file).read_text() for name in ("whole", "broken")]
+        assert written[0] == written[1]
+        assert len(written[0].splitlines()) == result["episodes"]
+    attempts = read_attempts(tmp_path / "whole" / "attempts.jsonl")
+    assert [one.scene for one in attempts] == [drawn_scene(scene(0, number)) for number in range(result["episodes"])]
+    assert sum(len(one.actions) for one in attempts) == result["steps"] * (2 if isinstance(algorithm, Dsrl) else 1)
     with pytest.raises(UserError, match="holds another run"):
         make_run(tmp_path / "broken", algorithm, reward, tiny_checkpoint, seed=1)
 
