@@ -299,26 +299,41 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
 
 
 def plot_watched(runs: Sequence[FinishedRun], target: Path, window: int = 20) -> None:
-    """What the judge said against what was true, over training episodes, a panel a run; means of the last `window`."""
+    """What the judge said against what was true, over training episodes: means of the last `window`.
+
+    A row a reward and variant, a column a seed.
+    """
     plt = _pyplot()
-    figure, axes = plt.subplots(len(runs), 1, figsize=(6.4, 0.6 + 1.8 * len(runs)), sharex=True, squeeze=False)
-    for axis, run in zip(axes[:, 0], runs, strict=True):
-        for name, colour, label in (("judged", "#D55E00", "judged done"), ("success", "#009E73", "truly done")):
-            values = np.array([getattr(episode, name) for episode in run.watched], float)
-            width = min(window, len(values))
-            means = np.convolve(values, np.ones(width) / width, "valid")
-            axis.plot(np.arange(width - 1, len(values)), means, color=colour, label=label)
-        parted = np.array([episode.diverged for episode in run.watched])
-        axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
-        axis.set_ylim(-0.02, 1.02)
-        axis.set_title(f"{run.name}: {run.label}", fontsize=8, loc="left")
-        axis.grid(alpha=0.2)
+    rows: dict[str, list[FinishedRun]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.label, int(run.result["seed"]))):
+        rows[run.label].append(run)
+    width = max(map(len, rows.values()))
+    size = (max(6.4, 3.6 * width), 0.8 + 1.8 * len(rows))
+    figure, axes = plt.subplots(len(rows), width, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for row, group in zip(axes, rows.values(), strict=True):
+        for axis in row[len(group) :]:
+            axis.set_visible(False)
+        for axis, run in zip(row, group, strict=False):
+            _watched(axis, run, window)
     axes[0][0].legend(frameon=False, fontsize=8)
-    axes[-1][0].set_xlabel("training episode (shaded: the monitor says that score and success part)", fontsize=8)
+    figure.supxlabel("training episode (shaded: the monitor says that score and success part)", fontsize=8)
     figure.tight_layout()
     with whole_file(target) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
+
+
+def _watched(axis: Any, run: FinishedRun, window: int) -> None:
+    for name, colour, label in (("judged", "#D55E00", "judged done"), ("success", "#009E73", "truly done")):
+        values = np.array([getattr(episode, name) for episode in run.watched], float)
+        width = min(window, len(values))
+        means = np.convolve(values, np.ones(width) / width, "valid")
+        axis.plot(np.arange(width - 1, len(values)), means, color=colour, label=label)
+    parted = np.array([episode.diverged for episode in run.watched])
+    axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_title(f"{run.name}\n{run.label}", fontsize=7, loc="left")
+    axis.grid(alpha=0.2)
 
 
 def _pyplot() -> Any:

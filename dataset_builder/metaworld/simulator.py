@@ -46,7 +46,7 @@ def load_metaworld() -> Any:
     """The `metaworld` package.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or can not render here.
     """
     os.environ.setdefault("MUJOCO_GL", "osmesa")  # headless; the quiet one of MuJoCo's back ends
     # said by some scripted experts at every action, and of no use
@@ -54,11 +54,20 @@ def load_metaworld() -> Any:
     try:
         import metaworld
         import metaworld.policies
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(
             f"collecting from Meta-World needs its simulator ({error}): run `make sim`, or pip install 'robot-rbm[sim]'"
         ) from error
+    except (ImportError, AttributeError, RuntimeError) as error:  # the second where PyOpenGL finds no library
+        raise _blind(error) from error
     return metaworld
+
+
+def _blind(error: Exception) -> UserError:
+    return UserError(
+        f"MuJoCo can not render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(error).__name__}): on Debian or Ubuntu, "
+        "apt-get install libosmesa6 libegl1 libgl1, and leave MUJOCO_GL unset, or set it to egl where there is a GPU"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,9 @@ class Simulator:
 
         The scene's fixtures are not part of `physics`: call this before the next `reset`. It leaves the
         simulator at the last moment rendered.
+
+        Raises:
+            UserError: no such camera, or the machine can not render.
         """
         import mujoco
 
@@ -188,7 +200,10 @@ class Simulator:
             model.vis.quality.offsamples = 0
             model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
             model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-            self._renderers[size] = mujoco.Renderer(model, size, size)
+            try:
+                self._renderers[size] = mujoco.Renderer(model, size, size)
+            except Exception as error:  # each back end has its own
+                raise _blind(error) from error
         renderer = self._renderers[size]
         clips: dict[str, list[NDArray[np.uint8]]] = {camera: [] for camera in cameras}
         for state in physics:

@@ -285,3 +285,22 @@ def test_a_missing_simulator_says_how_to_get_it():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "make sim" in result.stdout
+
+
+@pytest.mark.parametrize("how", ["osmesa", "nonsense", "glfw"])
+def test_a_machine_that_can_not_render_says_what_to_install(how, tmp_path):
+    for name in ("libOSMesa.so", "libOSMesa.so.8", "libOSMesa.so.6"):
+        (tmp_path / name).touch()  # found first, and no library
+    code = (
+        "from dataset_builder.metaworld.simulator import Simulator\n"
+        "from rbm.errors import UserError\n"
+        "try:\n"
+        "    simulator = Simulator('push')\n"
+        "    simulator.render([simulator.reset(0).physics], ('near',), 64)\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "MUJOCO_GL": how, "LD_LIBRARY_PATH": str(tmp_path), "DISPLAY": ""}
+    environment.pop("PYOPENGL_PLATFORM", None)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert f"MUJOCO_GL={how}" in result.stdout
+    assert "apt-get install libosmesa6" in result.stdout
