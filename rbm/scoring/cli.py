@@ -18,7 +18,7 @@ from rich.text import Text
 from rbm.errors import UserError
 from rbm.output import check_target, whole_file
 from rbm.scoring.overlay import MAX_FRAMES, write_overlay
-from rbm.scoring.scorer import Scorer, check_task
+from rbm.scoring.scorer import Scorer, best_first, check_task
 from rbm.scoring.scores import Scores
 from rbm.scoring.views import Video
 from rbm.scoring.vote import parse_vote
@@ -162,6 +162,9 @@ def rank(
 ) -> None:
     """Attempts at one task, best first.
 
+    They are ordered by their worth: the model's utility, or, of a model that compares pairs jointly, the mean
+    preference over all others. It means something beside other attempts at the same task only.
+
     \b
     Example:
       rbm rank attempts/*.mp4 --task "open the drawer" --json order.json
@@ -170,12 +173,20 @@ def rank(
     _check_outputs(videos, json_path)
     scorer = Scorer.from_pretrained(checkpoint, device, dtype)
     clips = [scorer.context_clip(path) for path in videos]
-    order = scorer.rank(clips, task)
+    worth = scorer.worth(clips, task)
+    order = best_first(worth)
     scored = scorer.score_batch([(clip, task) for clip in clips])
     out = _console(json_path)
-    out.print(_attempts([(str(n + 1), videos[i], scored[i]) for n, i in enumerate(order)], "rank"))
+    rows = [(str(n + 1), videos[i], scored[i]) for n, i in enumerate(order)]
+    out.print(_attempts(rows, "rank", worth=[worth[i] for i in order]))
     entries = [
-        {"video": videos[i], "progress": _last(scored[i].progress), "success": _last(scored[i].success)} for i in order
+        {
+            "video": videos[i],
+            "progress": _last(scored[i].progress),
+            "success": _last(scored[i].success),
+            "worth": round(worth[i], 6),
+        }
+        for i in order
     ]
     _write_json(json_path, {"task": task, "checkpoint": checkpoint, "order": order, "ranked": entries}, out)
 
@@ -233,14 +244,15 @@ def _summary(scores: Scores, done_frame: int | None) -> str:
     return text + "\n"
 
 
-def _attempts(rows: list[tuple[str, str, Scores]], label: str) -> Table:
+def _attempts(rows: list[tuple[str, str, Scores]], label: str, **more: list[float]) -> Table:
+    """A row for each attempt; `more` are further columns."""
     table = Table(header_style="dim")
     table.add_column(label, justify="right")
     table.add_column("video", overflow="fold")
-    for name in ("final progress", "±", "final success"):
-        table.add_column(name, justify="right")
-    for name, path, scores in rows:
-        numbers = (scores.progress[-1], scores.progress_std[-1], scores.success[-1])
+    for heading in ("final progress", "±", "final success", *more):
+        table.add_column(heading, justify="right")
+    for n, (name, path, scores) in enumerate(rows):
+        numbers = (scores.progress[-1], scores.progress_std[-1], scores.success[-1], *(own[n] for own in more.values()))
         table.add_row(name, Text(path), *(f"{value:.3f}" for value in numbers))
     return table
 

@@ -202,20 +202,20 @@ class Scorer:
         return float(self.prefer([(_shown(self._context(a)), _shown(self._context(b)), task)])[0])
 
     def rank(self, videos: Sequence[Video], task: str) -> list[int]:
-        """Positions of the videos, best attempt first; equals keep their order.
+        """Positions of the videos, best attempt first, by `worth`; equals keep their order."""
+        return best_first(self.worth(videos, task))
 
-        By utility in N forwards, where the model has one, else by the mean preference over all other videos.
-        """
+    def worth(self, videos: Sequence[Video], task: str) -> list[float]:
+        """By what attempts at one task are ranked: the utility, in N forwards, where the model has one, else the mean
+        preference (0 to 1) over all the other videos."""
         self.check(task)
         if self.model.preference == "utility":
             clips = ((_shown(self._context(video)), task) for video in videos)
-            worth = [scored.utility for chunk in _chunks(clips, BATCH_SIZE) for scored in self.predict(chunk)]
-        else:
-            frames = [_shown(self._context(video)) for video in videos]
-            pairs = list(combinations(range(len(frames)), 2))
-            better = self.prefer([(frames[a], frames[b], task) for a, b in pairs])
-            worth = worth_of_pairs(len(frames), pairs, better.tolist())
-        return best_first(worth)
+            return [scored.utility for chunk in _chunks(clips, BATCH_SIZE) for scored in self.predict(chunk)]
+        frames = [_shown(self._context(video)) for video in videos]
+        pairs = list(combinations(range(len(frames)), 2))
+        better = self.prefer([(frames[a], frames[b], task) for a, b in pairs])
+        return worth_of_pairs(len(frames), pairs, better.tolist())
 
     def predict(self, clips: Sequence[tuple[Shown, str]], batch_size: int = BATCH_SIZE) -> list[ClipScores]:
         """Scores of clips (uint8 (n, H, W, 3), instruction) that are read as they are, n <= context_frames.
@@ -366,11 +366,16 @@ def scores_of(clip: StoredClip, scored: ClipScores, task: str) -> Scores:
 
 
 def worth_of_pairs(count: int, pairs: Sequence[tuple[int, int]], better: Sequence[float]) -> list[float]:
-    """For each of `count` clips the sum of its preferences over others; `better` are P(first is better) of `pairs`."""
+    """For each of `count` clips its mean preference over the others (0.5 where there is none).
+
+    `pairs` are all pairs of two of them, `better` P(first is better) of each.
+    """
+    if count == 1:
+        return [0.5]
     worth = [0.0] * count
     for (a, b), p in zip(pairs, better, strict=True):
-        worth[a] += p
-        worth[b] += 1 - p
+        worth[a] += p / (count - 1)
+        worth[b] += (1 - p) / (count - 1)
     return worth
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from rbm.cli import cli
 from rbm.errors import UserError
 from rbm.scoring import Scorer
+from rbm.scoring.scorer import worth_of_pairs
 from rbm.video import VideoFile, stored_clip
 
 
@@ -88,6 +89,16 @@ def test_compare_and_rank(
     content = json.loads((tmp_path / "rank.json").read_text())
     assert sorted(content["order"]) == [0, 1]
     assert [entry["video"] for entry in content["ranked"]] == [str([video_path, other][i]) for i in content["order"]]
+    worth = Scorer.from_pretrained(checkpoints[preference], device="cpu").worth([video_path, other], "push")
+    assert [entry["worth"] for entry in content["ranked"]] == pytest.approx(sorted(worth, reverse=True), abs=1e-5)
+    if preference == "joint":
+        assert worth == pytest.approx([0.5, 0.5], abs=1e-4)
+
+
+def test_worth_by_hand():
+    """P(0 over 1) = .8, P(0 over 2) = .5, P(1 over 2) = .3: means (.8 + .5)/2, (.2 + .3)/2, (.5 + .7)/2."""
+    assert worth_of_pairs(3, [(0, 1), (0, 2), (1, 2)], [0.8, 0.5, 0.3]) == pytest.approx([0.65, 0.25, 0.6])
+    assert worth_of_pairs(1, [], []) == [0.5]
 
 
 @pytest.mark.parametrize("command", ["score", "compare", "rank"])
