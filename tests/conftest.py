@@ -8,12 +8,15 @@ from pathlib import Path
 import moving_dot
 import pytest
 import torch
+from hypothesis import settings
 
 from rbm.corpus import Corpus
 from rbm.model import RewardModel
 from rbm.model.backbones import NanoBackbone
 
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, derandomize=True)  # a busy machine is slow; a commit passes or fails
+settings.load_profile("tests")
 
 if threading.current_thread() is threading.main_thread():
     # a shell starts what runs in its background deaf to Ctrl-C, and what tests start would be so too

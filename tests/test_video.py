@@ -272,7 +272,7 @@ def test_truncated_files_are_refused(good: dict[str, Path], tmp_path: Path, name
         stored_clip(path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(["plain", "fragments", "matroska", "avi", "transport stream"]))
 def test_random_damage_gives_frames_or_a_user_error(
     good: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, seed: int, name: str
@@ -350,7 +350,7 @@ def test_an_hour_of_video_needs_bounded_memory(tmp_path: Path) -> None:
 # Clips
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 200),
     height=st.integers(1, 60),

@@ -32,7 +32,7 @@ MARK = "relabelled"
 """Key of meta/info.json that says how rewards were made."""
 
 _OLD = "env_"
-_DAMAGED = (OSError, pa.ArrowException)
+_DAMAGED = (OSError, UnicodeDecodeError, pa.ArrowException)
 
 
 class LeRobotData:

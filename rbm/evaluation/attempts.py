@@ -168,7 +168,7 @@ def read_scores(folder: Path) -> pa.Table:
         path = folder / f"part-{number:06d}.parquet"
         try:
             parts.append(pq.read_table(path, page_checksum_verification=True).replace_schema_metadata(None))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise UserError(f"{path} is missing or damaged: run its `rbm score --corpus` again") from error
     table = pa.concat_tables(parts)
     if not table.num_rows:

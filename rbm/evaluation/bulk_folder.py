@@ -226,7 +226,7 @@ def _described(path: Path) -> str:
             return ((file.schema_arrow.metadata or {}).get(b"run") or b"").decode("ascii", "replace")
     except FileNotFoundError:
         return "missing"
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):  # a name that is no text any more, among others
         return "broken"
 
 

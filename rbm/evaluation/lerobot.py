@@ -345,5 +345,5 @@ def _parquet(path: Path, read: Any) -> Any:
             return read(file)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

@@ -102,7 +102,7 @@ def test_a_least_side_gives_the_smallest_cheap_size(size, min_side, expected):
     np.testing.assert_array_equal(decode(JpegCodec(), parts, [2], *size, min_side), small[[2]])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
@@ -140,7 +140,7 @@ def test_the_broken_frame_is_the_one_named():
     assert caught.value.part == 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     junk=st.binary(max_size=400), codec=st.sampled_from([JpegCodec(), H264Codec()]), min_side=st.sampled_from([None, 9])
 )
@@ -151,7 +151,7 @@ def test_junk_is_no_clip(junk, codec, min_side):
         decode(codec, [junk], [0], 24, 32, min_side)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), codec=st.sampled_from([JpegCodec(), H264Codec()]))
 def test_a_clip_cut_short_is_broken(data, codec):
     part = codec.encode(picture(24, 32, 1), 20.0)[0]
@@ -159,7 +159,7 @@ def test_a_clip_cut_short_is_broken(data, codec):
         decode(codec, [part[: data.draw(st.integers(0, len(part) * 3 // 4))]], [0], 24, 32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     bytes_changed=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6),
     min_side=st.sampled_from([None, 9]),

@@ -21,7 +21,7 @@ numbers = hnp.arrays(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), n_frames=st.integers(1, 7), codec=st.sampled_from(["jpeg", "h264"]))
 def test_every_field_of_the_record_survives_a_round_trip(data, n_frames, codec):
     draw = data.draw

@@ -24,7 +24,7 @@ LANGUAGES = [
     "🦾👩‍🍳 → 🗄️", "{task}", "'quoted' {k} {view}", "<|im_start", "|>", "a\nb\tc\u0000",
     "\u212b\u2126\ufb01 \u1e9b\u0323", " ", "", "<|prog_token|",
 ]  # fmt: skip
-many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def backbone(prompt: Prompt) -> Qwen3VLBackbone:

@@ -182,7 +182,7 @@ def test_views_that_come_and_go(kind, clip_of):
     assert restored.push(last).progress == pytest.approx(session.push(last).progress, abs=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_whatever_is_evicted_comes_back_with_equal_scores(data, scorers, frames):
     scorer = scorers["nano"]
@@ -456,7 +456,7 @@ def test_an_instruction_that_the_model_cannot_read_opens_no_session(scorers, kin
     assert session.task == TASK
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_damaged_snapshots_end_in_a_sentence(data, scorers, frames):
     session = scorers["nano"].stream(TASK)

@@ -21,7 +21,7 @@ from rbm.scoring import wire
 
 FRAMES = np.full((2, 8, 8, 3), 90, np.uint8)
 CLIPS = {"clips": [{"frames": FRAMES, "task": TASK}], "every": None, "dense": False}
-BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def extension(payload: bytes, code: int = wire.ARRAY) -> bytes:

@@ -51,11 +51,9 @@ def test_answers_are_as_documented(siege: Siege, schema: schemathesis.BaseSchema
 
     @settings(
         max_examples=count,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         database=None,
-        derandomize=True,
     )
     @given(case=operation.as_strategy())
     def send(case: Case) -> None:
@@ -76,11 +74,9 @@ def test_what_is_against_the_document_is_refused(
 
     @settings(
         max_examples=30,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         database=None,
-        derandomize=True,
     )
     @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
     def send(case: Case) -> None:

@@ -99,7 +99,7 @@ def test_what_a_header_says_allocates_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 199), st.integers(0, 255)), max_size=5), st.integers(0, 200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_npy_is_frames_or_a_sentence(edits: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(npy(CLIP))
     for place, value in edits:

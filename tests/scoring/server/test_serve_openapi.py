@@ -40,7 +40,7 @@ def _tried(cases) -> set[int]:
     statuses = set()
 
     @given(cases)
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, database=None, suppress_health_check=list(HealthCheck))
     def tried(case: Case) -> None:
         response = case.call(timeout=30)
         statuses.add(response.status_code)
