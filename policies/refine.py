@@ -111,7 +111,7 @@ def refine(runs: tuple[Path, ...], out: Path, corpus: Path | None, steps: int, w
         from policies.cli import run as train
 
         for run, config in zip(runs, configs, strict=True):
-            place = out / "policy" if len(runs) == 1 else out / f"policy-{run.name}"
+            place = out / "policy" if len(runs) == 1 else out / f"policy-{run.name.removeprefix('policy-')}"
             changed = {"checkpoint": str(model), "start": str(run), "run_dir": str(place), "threads": 1}
             result = train({**config, **changed})
             click.echo(json.dumps(result))

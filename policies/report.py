@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import click
@@ -156,7 +157,8 @@ def _origin(start: str) -> str:
         config = json.loads((Path(start) / "config.json").read_text())
     except (OSError, ValueError):
         return start
-    return json.dumps({**config, "seed": None}, sort_keys=True)
+    before = config.get("start")
+    return json.dumps({**config, "seed": None, "start": before and _origin(before)}, sort_keys=True)
 
 
 Budgets = Mapping[str, int]
@@ -270,7 +272,10 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
     plt = _pyplot()
     mine = [run for run in runs if run.key[0] == algorithm and run.steps]
     tasks = sorted({run.key[1] for run in mine})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.0), sharey=True, squeeze=False)
+    labels = {run.label for run in mine}
+    columns = len(labels) if sum(map(len, labels)) < 40 * len(tasks) else 1
+    size = (3.6 * len(tasks), 3.0 + 0.2 * len(labels) / columns)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         for reward in ORDER:
             of_reward = [run for run in mine if run.key[1:] == (task, reward)]
@@ -290,11 +295,10 @@ def plot_curves(runs: Sequence[FinishedRun], algorithm: str, target: Path) -> No
         axis.set_xlabel("updates" if mine[0].result.get("transitions") else "decisions")
     axes[0][0].set_ylabel("success rate")
     handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper right", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
     figure.suptitle(algorithm.replace("_", " "), fontsize=10)
-    figure.tight_layout()
     with whole_file(target) as temporary:
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -313,6 +317,7 @@ def plot_watched(runs: Sequence[FinishedRun], target: Path, window: int = 20) ->
     for row, group in zip(axes, rows.values(), strict=True):
         for axis in row[len(group) :]:
             axis.set_visible(False)
+        row[0].set_ylabel(fill(group[0].label.replace("(", "\n("), 30), fontsize=7)
         for axis, run in zip(row, group, strict=False):
             _watched(axis, run, window)
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -332,8 +337,19 @@ def _watched(axis: Any, run: FinishedRun, window: int) -> None:
     parted = np.array([episode.diverged for episode in run.watched])
     axis.fill_between(np.arange(len(parted)), 0, 1, where=parted.tolist(), color="#D55E00", alpha=0.12, lw=0)
     axis.set_ylim(-0.02, 1.02)
-    axis.set_title(f"{run.name}\n{run.label}", fontsize=7, loc="left")
+    axis.set_title(run.name, fontsize=7, loc="left")
     axis.grid(alpha=0.2)
+
+
+def _last_watched(run: FinishedRun, count: int = 60) -> dict[str, Any] | None:
+    """Of its last training episodes the share that was judged done and that was, and the first at which they parted."""
+    if not run.watched:
+        return None
+    return {
+        "judged": float(np.mean([episode.judged for episode in run.watched[-count:]])),
+        "success": float(np.mean([episode.success for episode in run.watched[-count:]])),
+        "diverged_from": next((n for n, episode in enumerate(run.watched, 1) if episode.diverged), None),
+    }
 
 
 def _pyplot() -> Any:
@@ -358,7 +374,7 @@ def _pyplot() -> Any:
 def report_rl(folder: Path, out: Path | None, budgets: tuple[str, ...]) -> None:
     """Tables and figures of the policies that were trained in FOLDER.
 
-    Writes results.json (every curve), table.md, a figure for each algorithm, and, where score and success parted in a
+    Writes results.json (every curve; what was judged done and was, of the last 60 training episodes), table.md, a figure for each algorithm, and, where score and success parted in a
     run, one of all watched runs of its algorithm and task: what was judged done, and what was.
 
     A step is a decision online and an update offline. Success is that of the last policy, or of the last three that
@@ -384,6 +400,7 @@ def report_rl(folder: Path, out: Path | None, budgets: tuple[str, ...]) -> None:
                 "variant": run.variant,
                 "steps": run.steps,
                 "success_rate": run.success,
+                "watched": _last_watched(run),
             }
             for run in runs
         ],

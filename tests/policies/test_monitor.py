@@ -141,6 +141,10 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path):
         "table.md",
         "watched_dsrl_push.png",
     ]
+    saved = {run["name"]: run["watched"] for run in json.loads((tmp_path / "told" / "results.json").read_text())["runs"]}
+    assert saved["a"] == {"judged": 1.0, "success": 0.0, "diverged_from": 2}  # a window of two
+    assert saved["c"] == {"judged": 1.0, "success": 1.0, "diverged_from": None}
+    assert saved["e"] is None
     (tmp_path / "c" / "config.json").write_text(json.dumps({"checkpoint": "/home/someone/other/model"}))
     variants = {run.name: run.variant for run in read_runs(tmp_path)[0]}
     assert variants["c"] == "checkpoint=other/model, pessimism=none"
@@ -158,9 +162,13 @@ def test_judges_of_one_name_are_two_lines_and_starts_that_differ_in_the_seed_are
             start = str(tmp_path / "first" / f"run-{seed}")
             asked = {"seed": seed, "checkpoint": f"/r/{judge}/judge/model", "start": start}
             (place / "config.json").write_text(json.dumps(asked))
+        finished(tmp_path / "runs" / f"third-{seed}", "learned", seed, 1.0)  # goes on from what went on
+        asked |= {"checkpoint": "/r/three/judge/model", "start": str(place)}
+        (tmp_path / "runs" / f"third-{seed}" / "config.json").write_text(json.dumps(asked))
     lines = table(read_runs(tmp_path / "runs")[0])
-    assert [(line["variant"], line["seeds"], line["success"]) for line in lines] == [
+    assert [(line["variant"].split(",")[0], line["seeds"], line["success"]) for line in lines] == [
         ("checkpoint=one/judge/model", [0, 1], 0.2),
+        ("checkpoint=three/judge/model", [0, 1], 1.0),
         ("checkpoint=two/judge/model", [0, 1], 0.9),
     ]
 
