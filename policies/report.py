@@ -374,8 +374,9 @@ def _pyplot() -> Any:
 def report_rl(folder: Path, out: Path | None, budgets: tuple[str, ...]) -> None:
     """Tables and figures of the policies that were trained in FOLDER.
 
-    Writes results.json (every curve; what was judged done and was, of the last 60 training episodes), table.md, a figure for each algorithm, and, where score and success parted in a
-    run, one of all watched runs of its algorithm and task: what was judged done, and what was.
+    Writes results.json (every curve; of the last 60 training episodes what was judged done, and what was), table.md, a
+    figure for each algorithm, and, where score and success parted in a run, one of all watched runs of its algorithm
+    and task: what was judged done, and what was.
 
     A step is a decision online and an update offline. Success is that of the last policy, or of the last three that
     were evaluated online; "steps to 80%" is the first evaluation that good, the median of the seeds that have one.

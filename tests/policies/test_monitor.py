@@ -141,7 +141,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path):
         "table.md",
         "watched_dsrl_push.png",
     ]
-    saved = {run["name"]: run["watched"] for run in json.loads((tmp_path / "told" / "results.json").read_text())["runs"]}
+    results = json.loads((tmp_path / "told" / "results.json").read_text())
+    saved = {run["name"]: run["watched"] for run in results["runs"]}
     assert saved["a"] == {"judged": 1.0, "success": 0.0, "diverged_from": 2}  # a window of two
     assert saved["c"] == {"judged": 1.0, "success": 1.0, "diverged_from": None}
     assert saved["e"] is None
