@@ -253,3 +253,9 @@ def test_sources(judge_checkpoint, judge_scorer):
         make_judge("no/such/folder")
     with pytest.raises(UserError, match="patience_seconds=-1 must be 0 or more"):
         make_judge("http://127.0.0.1:9", patience_seconds=-1)
+
+
+def test_the_judge_of_the_documented_runs_can_be_loaded():
+    judge = Scorer.from_pretrained(Path(__file__).parents[2] / "docs" / "rl" / "judge", device="cpu")
+    scores = judge.score(np.zeros((3, 96, 96, 3), np.uint8), "close the window")
+    assert np.all((scores.progress >= 0) & (scores.progress <= 1))
