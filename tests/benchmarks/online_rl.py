@@ -1,6 +1,6 @@
 """Online RL on Meta-World under three rewards: all runs of the comparison in docs/policies.md, by the command `rbm rl`.
 
-    python tests/benchmarks/online_rl.py --out runs/rl --judge runs/rl-judge/model        # goes on where it was stopped
+    python tests/benchmarks/online_rl.py --out runs/rl --judge docs/rl/judge        # goes on where it was stopped
     python tests/benchmarks/online_rl.py --out runs/rl --judge … --arms dsrl/learned --tasks window-open --seeds 1
     rbm report rl runs/rl --out docs/rl
 
