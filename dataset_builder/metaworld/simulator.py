@@ -64,9 +64,10 @@ def load_metaworld() -> Any:
 
 
 def _blind(error: Exception) -> UserError:
+    how = f"MUJOCO_GL={os.environ['MUJOCO_GL']}"
     return UserError(
-        f"MuJoCo can not render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(error).__name__}): on Debian or "
-        "Ubuntu, apt-get install libosmesa6 libegl1 libgl1, and leave MUJOCO_GL unset, or set it to egl where there is a GPU"
+        f"MuJoCo can not render with {how} ({type(error).__name__}): on Debian or Ubuntu, apt-get install libosmesa6 "
+        "libegl1 libgl1, and leave MUJOCO_GL unset, or set it to egl where there is a GPU"
     )
 
 
