@@ -1,6 +1,6 @@
 """What reward models make of attempts that they were not trained on: JSON, a line for each model.
 
-    python tests/benchmarks/judge_attempts.py runs/practice-sparse --models runs/rl-judge-1/model runs/rl-judge/model
+    python tests/benchmarks/judge_attempts.py runs/heldout --models runs/rl-judge-1/model docs/rl/judge
 
 The attempts are those of `rbm rl` runs (`attempts.jsonl`), played again and labelled by the simulator, at most 40
 successes, 20 half-done ones and 40 failures of each run. A model sees one frame for each action, as it does when it
